@@ -1,0 +1,28 @@
+# make setup  the environment (.venv), once; again only when its files change
+# make demo   the whole method on the tiny default, in minutes
+# make test   all tests
+
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/installed
+
+.PHONY: setup demo test lint
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    --constraint constraints.txt --editable '.[cpu,dev]'
+	touch $@
+
+demo: setup
+	$(VENV)/bin/python scripts/train.py --config configs/tiny.py --workdir runs/tiny --new_if_finished
+
+test: setup
+	$(VENV)/bin/python -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy

@@ -1,0 +1,197 @@
+"""Every default, once, with its unit and its source; and the checks of a whole configuration.
+
+"Paper" below is OPSDC (arXiv 2603.05433). Files in configs/ change what differs and nothing else.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+DIVERGENCE_NAMES = ("reverse_kl", "forward_kl", "jsd")
+DTYPES = ("float32", "bfloat16")
+REMAT_POLICIES = ("none", "full")
+
+
+class InputError(ValueError):
+    """Bad input from the user. The message is one sentence that says what to change."""
+
+
+def default_config() -> ConfigDict:
+    """The paper's settings for Qwen3-8B."""
+    config = ConfigDict()
+    config.seed = 0  # of prompts, rollouts and evaluation; non-negative
+
+    config.model = ConfigDict()
+    config.model.path = "Qwen/Qwen3-8B"  # Hugging Face folder; also the first teacher
+    config.model.compute_dtype = "bfloat16"  # activations; the student's masters stay float32
+    config.model.teacher_dtype = "bfloat16"  # the teacher's parameters
+    config.model.remat = "full"  # "none", or "full": recompute layers in the backward pass
+
+    config.data = ConfigDict()
+    # "tiny", a jsonl / json / parquet file or glob, a hub id[@revision], or tfds:NAME
+    config.data.source = "BytedTsinghua-SIA/DAPO-Math-17k"  # paper
+    config.data.split = ""  # of a published data set; empty: train
+    config.data.subset = ""  # of a published data set; empty: the usual one
+    config.data.problem_column = ""  # empty: found by its usual names; so the next two
+    config.data.answer_column = ""
+    config.data.level_column = ""
+
+    config.prompts = ConfigDict()
+    config.prompts.template = "dapo"  # wrapping of the problem, a name in opsdc_jax/prompts.py
+    config.prompts.instruction = "v1"  # teacher's: v1, v2, percent20/50/80, or a sentence
+    config.prompts.student_thinking = True  # Qwen3's thinking mode, by side
+    config.prompts.teacher_thinking = True
+    config.prompts.allow_different_thinking = False  # accept prompts that end differently
+
+    config.sampler = ConfigDict()
+    config.sampler.max_prompt_tokens = 1024  # tokens of either side's prompt; paper
+    config.sampler.max_response_tokens = 8192  # tokens of a training rollout; paper
+    config.sampler.temperature = 1.0  # paper
+    config.sampler.top_p = 1.0  # paper
+    config.sampler.top_k = 0  # 0 = off; paper
+
+    config.train = ConfigDict()
+    config.train.steps = 100  # the paper reports step 99-100
+    config.train.batch_size = 32  # prompts a step, one response each; paper
+    config.train.micro_batch_size = 32  # rows in memory at a time; changes no result
+
+    config.teacher = ConfigDict()
+    config.teacher.every = 50  # M: steps between refreshes of the teacher, 0 = frozen; paper
+
+    config.loss = ConfigDict()
+    config.loss.divergence = "reverse_kl"  # or "forward_kl", "jsd"; paper: reverse_kl
+    config.loss.chunk_tokens = 512  # response tokens whose logits exist at a time
+
+    config.optim = ConfigDict()  # AdamW
+    config.optim.lr = 1e-6  # constant after warm-up; paper
+    config.optim.warmup_steps = 0  # linear; paper: none
+    config.optim.b1 = 0.9
+    config.optim.b2 = 0.999
+    config.optim.weight_decay = 0.01  # paper
+    config.optim.clip_norm = 1.0  # global gradient norm; paper
+
+    config.mesh = ConfigDict()  # devices on each axis; one may be -1, the rest
+    config.mesh.replica = 1
+    config.mesh.fsdp = -1
+    config.mesh.tensor = 1
+
+    config.eval = ConfigDict()
+    # A source as in data.source; empty: the training source's own (tiny); "none": no evaluation
+    config.eval.source = "HuggingFaceH4/MATH-500"  # paper
+    config.eval.split = ""  # of a published data set; empty: test, or where it has its problems
+    config.eval.subset = ""
+    config.eval.problem_column = ""  # as in data
+    config.eval.answer_column = ""
+    config.eval.level_column = ""
+    config.eval.limit = 0  # problems, drawn at random; 0 = all
+    config.eval.every = 0  # steps between evaluations of the student; 0 = only before and after
+    config.eval.samples_per_level = 512  # fresh problems of each difficulty level (tiny)
+    config.eval.batch_size = 256  # responses sampled at a time
+    config.eval.max_response_tokens = 30_000  # paper
+    config.eval.temperature = 0.6  # paper
+    config.eval.top_p = 0.95  # paper
+    config.eval.top_k = 20  # paper
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 10  # 0 = only at the end
+    config.checkpoint.keep = 2  # newest checkpoints kept
+
+    config.log = ConfigDict()
+    config.log.samples_every = 10  # steps between rollouts written to samples/
+    config.log.samples = 4  # rollouts written each time
+    return config
+
+
+_AT_LEAST_ONE = (
+    "sampler.max_prompt_tokens",
+    "sampler.max_response_tokens",
+    "train.steps",
+    "train.batch_size",
+    "train.micro_batch_size",
+    "loss.chunk_tokens",
+    "optim.clip_norm",
+    "eval.samples_per_level",
+    "eval.batch_size",
+    "eval.max_response_tokens",
+    "checkpoint.keep",
+)
+_NOT_NEGATIVE = (
+    "seed",
+    "sampler.temperature",
+    "sampler.top_k",
+    "teacher.every",
+    "optim.lr",
+    "optim.warmup_steps",
+    "optim.weight_decay",
+    "eval.every",
+    "eval.limit",
+    "eval.temperature",
+    "eval.top_k",
+    "checkpoint.every_steps",
+    "log.samples_every",
+    "log.samples",
+)
+_CHOICES = {
+    "model.compute_dtype": DTYPES,
+    "model.teacher_dtype": DTYPES,
+    "model.remat": REMAT_POLICIES,
+    "loss.divergence": DIVERGENCE_NAMES,
+}
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every value that can be checked without touching a device or a file.
+
+    Raises:
+      InputError: naming the key, its value and what would be right.
+    """
+    for key in _AT_LEAST_ONE:
+        _require(config, key, lambda value: value > 0, "must be positive")
+    for key in _NOT_NEGATIVE:
+        _require(config, key, lambda value: value >= 0, "must not be negative")
+    for key, names in _CHOICES.items():
+        _require(config, key, lambda value, names=names: value in names, f"is not one of {names}")
+    for key in ("sampler.top_p", "eval.top_p"):
+        _require(config, key, lambda value: 0 < value <= 1, "must be above 0 and at most 1")
+    for key in ("optim.b1", "optim.b2"):
+        _require(config, key, lambda value: 0 <= value < 1, "must be in [0, 1)")
+    batch, micro = config.train.batch_size, config.train.micro_batch_size
+    if batch % micro:
+        raise InputError(
+            f"train.batch_size={batch} is not a multiple of train.micro_batch_size={micro}: "
+            f"choose a micro_batch_size that divides it"
+        )
+
+
+def _require(config: ConfigDict, key: str, holds: Any, message: str) -> None:
+    value = get(config, key)
+    if not holds(value):
+        raise InputError(f"{key}={value!r} {message}")
+
+
+def get(config: ConfigDict, key: str) -> Any:
+    """Value of a dotted key."""
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Dotted keys -> values, sorted."""
+    flat: dict[str, Any] = {}
+    for key, value in sorted(config.items()):
+        if isinstance(value, ConfigDict):
+            flat |= {f"{key}.{inner}": leaf for inner, leaf in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def differing_keys(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """`key: theirs -> ours` for every dotted key on which two flat configurations differ."""
+    missing = "(absent)"
+    return [
+        f"{key}: {theirs.get(key, missing)!r} -> {ours.get(key, missing)!r}"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key, missing) != theirs.get(key, missing)
+    ]

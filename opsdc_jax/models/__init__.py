@@ -1,0 +1,1 @@
+"""Qwen3 in Flax NNX, and its weights in Hugging Face folders."""

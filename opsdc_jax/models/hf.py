@@ -1,0 +1,223 @@
+"""Hugging Face model folders: where they are, their config.json, their tokenizer."""
+
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+# transformers would advise to install torch, of which its tokenizers need nothing.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+import transformers
+
+from opsdc_jax import tiny
+from opsdc_jax.config import InputError
+from opsdc_jax.files import read_json, write_json
+from opsdc_jax.models import weights
+from opsdc_jax.models.qwen3 import Params, Qwen3Config
+from opsdc_jax.models.rope import Yarn
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+# Weights, configuration and tokenizer; no code, and none of the pickled formats.
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+_PLAIN_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "max_position_embeddings",
+)
+_YARN_FIELDS = tuple(field.name for field in dataclasses.fields(Yarn))
+
+
+def resolve_folder(path: str) -> pathlib.Path:
+    """The local folder of `config.model.path`.
+
+    Args:
+      path: a folder; a hub id such as "Qwen/Qwen3-8B" or "Qwen/Qwen3-8B@REVISION", which is
+        downloaded or found in the local cache (HF_HUB_OFFLINE=1 forbids the download); or "tiny",
+        the base model shipped with the package.
+
+    Raises:
+      InputError: neither a folder nor a hub id that can be had.
+    """
+    folder = tiny.BASE_FOLDER if path == "tiny" else pathlib.Path(path)
+    if folder.is_dir():
+        return folder
+    if not _HUB_ID.fullmatch(path):
+        raise InputError(f"model.path={path!r} is neither a folder nor a hub id")
+    repository, _, revision = path.partition("@")
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            repository, revision=revision or None, allow_patterns=_HUB_FILES
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"model.path={path!r} is no folder here and cannot be had from the hub: {reason}"
+        ) from None
+    return pathlib.Path(snapshot)
+
+
+def load_config(
+    folder: str | pathlib.Path, compute_dtype: str = "float32", remat: str = "none"
+) -> Qwen3Config:
+    """Reads the architecture from `folder`/config.json.
+
+    Args:
+      compute_dtype, remat: how to compute it, see `Qwen3Config`.
+
+    Raises:
+      InputError: the file is missing or damaged, or describes another model.
+    """
+    path = pathlib.Path(folder) / "config.json"
+    raw = read_json(path)
+    # transformers 5 writes rope_parameters; published folders say rope_theta and rope_scaling,
+    # which wins where a folder holds both.
+    rope = {"rope_theta": raw.get("rope_theta")} | (raw.get("rope_parameters") or {})
+    rope |= raw.get("rope_scaling") or {}
+    _refuse_unsupported(raw, rope, path)
+    missing = [name for name in _PLAIN_FIELDS if name not in raw]
+    if rope["rope_theta"] is None:
+        missing.append("rope_theta")
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}")
+    heads, kv_heads = raw["num_attention_heads"], raw["num_key_value_heads"]
+    if heads % kv_heads:
+        raise InputError(f"{path}: num_key_value_heads={kv_heads} does not divide {heads} heads")
+    yarn = None
+    if _rope_type(rope) == "yarn":
+        try:
+            yarn = Yarn(**{name: rope[name] for name in _YARN_FIELDS if rope.get(name) is not None})
+        except TypeError:
+            raise InputError(
+                f"{path}: yarn needs factor and original_max_position_embeddings"
+            ) from None
+    return Qwen3Config(
+        rope_theta=float(rope["rope_theta"]),
+        yarn=yarn,
+        compute_dtype=compute_dtype,
+        remat=remat,
+        **{name: raw[name] for name in _PLAIN_FIELDS},
+    )
+
+
+def _rope_type(rope: Mapping[str, Any]) -> str:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _refuse_unsupported(
+    raw: Mapping[str, Any], rope: Mapping[str, Any], path: pathlib.Path
+) -> None:
+    """Names whatever would make the dense Qwen3 forward pass a different model."""
+    problems = []
+    if raw.get("model_type") != "qwen3":
+        problems.append(f"model_type is {raw.get('model_type')!r}, supported is 'qwen3' (dense)")
+    if _rope_type(rope) not in ("default", "yarn"):
+        problems.append(f"rope type {_rope_type(rope)!r} is not supported: default and yarn are")
+    unknown = rope.keys() - {"rope_theta", "rope_type", "type", "truncate", *_YARN_FIELDS}
+    if unknown or rope.get("truncate") is False:
+        problems.append(f"rope settings {sorted(unknown) or 'truncate=false'} are not supported")
+    if raw.get("quantization_config"):
+        problems.append("the weights are quantised: use the bf16 or fp32 folder")
+    for flag in ("use_sliding_window", "attention_bias"):
+        if raw.get(flag):
+            problems.append(f"{flag} is not supported")
+    if raw.get("hidden_act", "silu") != "silu":
+        problems.append(f"hidden_act is {raw['hidden_act']!r}, supported is 'silu'")
+    if problems:
+        raise InputError(f"{path}: " + "; ".join(problems))
+
+
+def load_tokenizer(folder: str | pathlib.Path) -> Any:
+    """The folder's fast tokenizer.
+
+    Raises:
+      InputError: there is none, or it names no end-of-sequence or padding token.
+    """
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the tokenizers library raises plain Exceptions on bad files
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder}: the tokenizer cannot be loaded: {reason}") from None
+    for role in ("eos_token_id", "pad_token_id"):
+        if getattr(tokenizer, role) is None:
+            raise InputError(f"{folder}: the tokenizer has no {role}")
+    return tokenizer
+
+
+def stop_token_ids(folder: str | pathlib.Path, tokenizer: Any) -> tuple[int, ...]:
+    """Ids at which a response ends: the tokenizer's EOS and those of generation_config.json."""
+    path = pathlib.Path(folder) / "generation_config.json"
+    listed = read_json(path).get("eos_token_id") if path.exists() else None
+    ids = [listed] if isinstance(listed, int) else list(listed or [])
+    return tuple(dict.fromkeys([int(tokenizer.eos_token_id), *ids]))
+
+
+def save_folder(
+    folder: str | pathlib.Path,
+    params: Params,
+    config: Qwen3Config,
+    *,
+    eos_token_ids: list[int],
+    pad_token_id: int,
+    dtype: str = "float32",
+    shard_bytes: int = weights.SHARD_BYTES,
+) -> None:
+    """Writes config.json, generation_config.json and the safetensors files.
+
+    Args:
+      eos_token_ids: ids at which generation stops, the tokenizer's own EOS first.
+      dtype: of the tensors in the files, "float32" or "bfloat16".
+      shard_bytes: size at which the weights are cut into several files.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights.save_params(folder, params, config, dtype=dtype, shard_bytes=shard_bytes)
+    write_json(
+        folder / "config.json",
+        {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            **{name: getattr(config, name) for name in _PLAIN_FIELDS},
+            **_rope_json(config),
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+            "use_sliding_window": False,
+            "dtype": dtype,
+            "eos_token_id": eos_token_ids[0],
+            "pad_token_id": pad_token_id,
+        },
+    )
+    write_json(
+        folder / "generation_config.json",
+        {"do_sample": True, "eos_token_id": eos_token_ids, "pad_token_id": pad_token_id},
+    )
+
+
+def _rope_json(config: Qwen3Config) -> dict[str, Any]:
+    """RoPE in the words of published folders and in those of transformers 5, side by side."""
+    scaling = None
+    if config.yarn is not None:
+        given = dataclasses.asdict(config.yarn).items()
+        scaling = {"rope_type": "yarn"} | {k: v for k, v in given if v is not None}
+    return {
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {
+            **(scaling or {"rope_type": "default"}),
+            "rope_theta": config.rope_theta,
+        },
+    }

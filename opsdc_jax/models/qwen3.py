@@ -1,0 +1,383 @@
+"""Qwen3 (dense) in Flax NNX: one definition for every size.
+
+Each parameter is described once, where its module creates it: shape, initialiser, logical axes.
+`init_params`, `abstract_params` and `logical_axes` are three views of that description. Parameters
+travel as a plain pytree (nested dicts of arrays), so the sampler, the student's forward pass, the
+teacher's forward pass, the optimizer and the checkpoints all hold the same thing.
+
+Shapes: B batch, T query positions, S key positions, D model width, H query heads, N key/value
+heads, G = H / N queries per key/value head, K head width, F feed-forward width, V vocabulary,
+L layers.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from opsdc_jax import sharding
+from opsdc_jax.models.rope import Yarn, apply_rotary, rotary_tables
+
+Params = dict[str, Any]
+
+_MASKED = -1e30  # finite, so that a row with no visible key gives no NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3Config:
+    """Architecture (field names are those of Hugging Face's config.json) and how to compute it.
+
+    Attributes:
+      yarn: scaling of the rotary embeddings; None is the default kind.
+      compute_dtype: dtype of activations and matrix products; norms, softmax and rotary angles
+        stay in float32, and parameters are cast where they are used.
+      remat: "none", or "full" to recompute each layer in the backward pass.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float = 1_000_000.0
+    yarn: Yarn | None = None
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 40_960
+    compute_dtype: str = "float32"
+    remat: str = "none"
+
+
+class KVCache(NamedTuple):
+    """Keys (after norm and RoPE) and values of one layer: each [B, N, S, K], in compute dtype."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def _param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    """A weight drawn from N(0, 0.02), the initialiser of the Qwen family."""
+    init = nnx.initializers.normal(stddev=0.02)
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, in float32."""
+
+    def __init__(self, size: int, axis: str, epsilon: float):
+        self.scale = nnx.Param(jnp.ones((size,), jnp.float32), axes=(axis,))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+        # Cast before the scale, as the published model does: in bf16 the order is visible.
+        return (x32 * inverse_rms).astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+def attend(
+    query_BxHxTxK: jax.Array, cache: KVCache, mask_BxTxS: jax.Array, group: int
+) -> jax.Array:
+    """Grouped-query attention, [B, H, T, K]; softmax in float32.
+
+    The queries that share a key/value head are folded into the time axis. One batched matrix
+    product per key/value head is much faster on a CPU than a product with a group axis.
+    """
+    B, H, T, K = query_BxHxTxK.shape
+    N, S = H // group, cache.keys.shape[2]
+    query = query_BxHxTxK.reshape(B, N, group * T, K)
+    scores = jnp.einsum(
+        "bnqk,bnsk->bnqs", query, cache.keys, preferred_element_type=jnp.float32
+    ) * (K**-0.5)
+    mask = mask_BxTxS[:, None, None, :, :]
+    scores = jnp.where(mask, scores.reshape(B, N, group, T, S), _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(cache.values.dtype)
+    out = jnp.einsum("bnqs,bnsk->bnqk", weights.reshape(B, N, group * T, S), cache.values)
+    return out.reshape(B, H, T, K)
+
+
+class Attention(nnx.Module):
+    """Self-attention with RMS-normalised queries and keys (normalised before RoPE)."""
+
+    def __init__(self, config: Qwen3Config, rngs: nnx.Rngs):
+        D, H, N, K = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.query = _param(rngs, (D, H, K), ("embed", "heads", "head_dim"))
+        self.key = _param(rngs, (D, N, K), ("embed", "kv_heads", "head_dim"))
+        self.value = _param(rngs, (D, N, K), ("embed", "kv_heads", "head_dim"))
+        self.out = _param(rngs, (H, K, D), ("heads", "head_dim", "embed"))
+        self.query_norm = RMSNorm(K, "head_dim", config.rms_norm_eps)
+        self.key_norm = RMSNorm(K, "head_dim", config.rms_norm_eps)
+        self.group = H // N
+
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        rotary: tuple[jax.Array, ...],
+        mask_BxTxS: jax.Array,
+        cache: KVCache | None = None,
+        slot: jax.Array | int = 0,
+    ) -> tuple[jax.Array, KVCache]:
+        """Attends over the T new positions, or over `cache` after writing them at `slot`."""
+
+        def project(kernel: nnx.Param) -> jax.Array:
+            return jnp.einsum("btd,dhk->bhtk", x_BxTxD, kernel[...].astype(x_BxTxD.dtype))
+
+        query = apply_rotary(self.query_norm(project(self.query)), *rotary)
+        keys = apply_rotary(self.key_norm(project(self.key)), *rotary)
+        values = project(self.value)
+        if cache is not None:
+            start = (0, 0, slot, 0)
+            keys = jax.lax.dynamic_update_slice(cache.keys, keys, start)
+            values = jax.lax.dynamic_update_slice(cache.values, values, start)
+        cache = KVCache(keys, values)
+        attended = attend(query, cache, mask_BxTxS, self.group)
+        out = jnp.einsum("bhtk,hkd->btd", attended, self.out[...].astype(x_BxTxD.dtype))
+        return out, cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: Qwen3Config, rngs: nnx.Rngs):
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate = _param(rngs, (D, F), ("embed", "mlp"))
+        self.up = _param(rngs, (D, F), ("embed", "mlp"))
+        self.down = _param(rngs, (F, D), ("mlp", "embed"))
+
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        dtype = x_BxTxD.dtype
+        gate = jax.nn.silu(x_BxTxD @ self.gate[...].astype(dtype))
+        return (gate * (x_BxTxD @ self.up[...].astype(dtype))) @ self.down[...].astype(dtype)
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP, each with a residual connection."""
+
+    def __init__(self, config: Qwen3Config, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.hidden_size, "embed", config.rms_norm_eps)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, "embed", config.rms_norm_eps)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        rotary: tuple[jax.Array, ...],
+        mask_BxTxS: jax.Array,
+        cache: KVCache | None = None,
+        slot: jax.Array | int = 0,
+    ) -> tuple[jax.Array, KVCache]:
+        attended, cache = self.attention(
+            self.attention_norm(x_BxTxD), rotary, mask_BxTxS, cache, slot
+        )
+        x_BxTxD = x_BxTxD + attended
+        return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD)), cache
+
+
+class Qwen3(nnx.Module):
+    """Embedding, L stacked decoder layers (leading axis "layers"), final norm, output head."""
+
+    def __init__(self, config: Qwen3Config, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=config.num_hidden_layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def make_layers(layer_rngs: nnx.Rngs) -> DecoderLayer:
+            return DecoderLayer(config, layer_rngs)
+
+        shape, axes = (config.vocab_size, config.hidden_size), ("vocab", "embed")
+        self.config = config
+        self.embedding = _param(rngs, shape, axes)
+        self.layers = make_layers(rngs)
+        self.final_norm = RMSNorm(config.hidden_size, "embed", config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.head = _param(rngs, shape, axes)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        return self.embedding[...][tokens].astype(self.config.compute_dtype)
+
+    def rotary(self, positions_BxT: jax.Array) -> tuple[jax.Array, ...]:
+        config = self.config
+        return rotary_tables(positions_BxT, config.head_dim, config.rope_theta, config.yarn)
+
+    def __call__(
+        self, tokens_BxT: jax.Array, positions_BxT: jax.Array, mask_BxTxS: jax.Array, keep: bool
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Hidden states after the final norm, and the stacked caches [L, ...] if `keep`."""
+        rotary = self.rotary(positions_BxT)
+        layer_def, layers = nnx.split(self.layers)
+
+        def body(x: jax.Array, layer: Any) -> tuple[jax.Array, KVCache | None]:
+            x, cache = nnx.merge(layer_def, layer)(x, rotary, mask_BxTxS)
+            return x, cache if keep else None
+
+        if self.config.remat == "full":
+            body = jax.checkpoint(body, prevent_cse=False)
+        x, caches = jax.lax.scan(body, self.embed(tokens_BxT), layers)
+        return self.final_norm(x), caches
+
+
+@functools.lru_cache(maxsize=64)
+def _described(config: Qwen3Config) -> tuple[nnx.GraphDef, Any]:
+    """The static part of the model and its state with shapes in place of arrays."""
+    return nnx.split(nnx.eval_shape(lambda: Qwen3(config, nnx.Rngs(0))))
+
+
+def init_params(config: Qwen3Config, key: jax.Array) -> Params:
+    """Fresh float32 parameters: norms at one, everything else from N(0, 0.02)."""
+    return nnx.to_pure_dict(nnx.state(Qwen3(config, nnx.Rngs(key))))
+
+
+def abstract_params(config: Qwen3Config) -> Params:
+    """The tree of `init_params` as float32 `jax.ShapeDtypeStruct`s: nothing is allocated."""
+    return nnx.to_pure_dict(_described(config)[1])
+
+
+def logical_axes(config: Qwen3Config) -> Params:
+    """The tree of `init_params` with a tuple of logical axis names for each array."""
+
+    def axes(path: tuple[Any, ...], variable: nnx.Variable) -> tuple[str, ...]:
+        names = variable.get_metadata("axes")
+        return ("layers", *names) if path[0].key == "layers" else names
+
+    def is_variable(node: Any) -> bool:
+        return isinstance(node, nnx.Variable)
+
+    state = _described(config)[1]
+    return nnx.to_pure_dict(jax.tree.map_with_path(axes, state, is_leaf=is_variable))
+
+
+def shardings(config: Qwen3Config, mesh: Mesh) -> Params:
+    """The tree of `init_params` with a `NamedSharding` for each array (`sharding.RULES`).
+
+    Raises:
+      InputError: the mesh does not fit the model.
+    """
+    return sharding.param_shardings(mesh, logical_axes(config), abstract_params(config))
+
+
+def forward(
+    params: Params,
+    config: Qwen3Config,
+    tokens_BxT: jax.Array,
+    *,
+    positions_BxT: jax.Array | None = None,
+    valid_BxT: jax.Array | None = None,
+) -> jax.Array:
+    """Final hidden states, [B, T, D] in compute dtype; multiply by `unembedding` for logits.
+
+    Args:
+      positions_BxT: rotary positions; by default 0..T-1 in each row. Padding on the right needs
+        neither argument: under the causal mask no real token sees it.
+      valid_BxT: False marks positions no token may attend to (padding on the left).
+    """
+    hidden, _ = _run(params, config, tokens_BxT, positions_BxT, valid_BxT, keep=False)
+    return hidden
+
+
+def prefill(
+    params: Params,
+    config: Qwen3Config,
+    tokens_BxT: jax.Array,
+    *,
+    positions_BxT: jax.Array,
+    valid_BxT: jax.Array,
+) -> tuple[jax.Array, KVCache]:
+    """Like `forward`, and the caches of all layers stacked: each [L, B, N, T, K]."""
+    hidden, caches = _run(params, config, tokens_BxT, positions_BxT, valid_BxT, keep=True)
+    assert caches is not None
+    return hidden, caches
+
+
+def _run(
+    params: Params,
+    config: Qwen3Config,
+    tokens_BxT: jax.Array,
+    positions_BxT: jax.Array | None,
+    valid_BxT: jax.Array | None,
+    keep: bool,
+) -> tuple[jax.Array, KVCache | None]:
+    T = tokens_BxT.shape[1]
+    if positions_BxT is None:
+        positions_BxT = jnp.arange(T, dtype=jnp.int32)[None, :]
+    mask = jnp.tril(jnp.ones((T, T), bool))[None]
+    if valid_BxT is not None:
+        mask = mask & valid_BxT[:, None, :]
+    model = nnx.merge(_described(config)[0], params)
+    return model(tokens_BxT, positions_BxT, mask, keep)
+
+
+def unstack_layers(params: Params, config: Qwen3Config) -> list[Params]:
+    """Each layer's parameters as leaves of their own, in compute dtype.
+
+    A decode step multiplies few rows by every weight: reading a layer out of the stack at each
+    token would copy it first.
+    """
+    dtype = jnp.dtype(config.compute_dtype)
+    return [
+        jax.tree.map(lambda leaf, i=i: leaf[i].astype(dtype), params["layers"])
+        for i in range(config.num_hidden_layers)
+    ]
+
+
+def decode_step(
+    params: Params,
+    layers: list[Params],
+    config: Qwen3Config,
+    token_B: jax.Array,
+    position_B: jax.Array,
+    caches: list[KVCache],
+    slot: jax.Array,
+    valid_BxS: jax.Array,
+) -> tuple[jax.Array, list[KVCache]]:
+    """One token of every sequence through all layers.
+
+    Args:
+      layers: `unstack_layers(params, config)`.
+      position_B: rotary position of the new token in each row.
+      caches: one `KVCache` of S slots per layer.
+      slot: index at which the new keys and values are written, the same for all rows.
+      valid_BxS: slots the new token may attend to, its own included.
+
+    Returns:
+      hidden states [B, D] after the final norm, and the updated caches.
+    """
+    model = nnx.merge(_described(config)[0], params)
+    layer_def, _ = nnx.split(model.layers)
+    rotary = model.rotary(position_B[:, None])
+    x = model.embed(token_B[:, None])
+    updated = []
+    for layer, cache in zip(layers, caches, strict=True):
+        x, cache = nnx.merge(layer_def, layer)(x, rotary, valid_BxS[:, None, :], cache, slot)
+        updated.append(cache)
+    return model.final_norm(x)[:, 0], updated
+
+
+def unembedding(params: Params) -> jax.Array:
+    """The output head, [V, D]: the embedding itself where the two are tied."""
+    return params["head"] if "head" in params else params["embedding"]
+
+
+def logits(hidden: jax.Array, head_VxD: jax.Array, vocab_size: int) -> jax.Array:
+    """Float32 logits [..., V]; rows beyond the tokenizer's `vocab_size` entries get -1e30.
+
+    The embedding of a published Qwen3 has more rows than its tokenizer has entries. Those rows
+    were never trained: they are no part of the distribution, here and so everywhere.
+    """
+    out = jnp.einsum(
+        "...d,vd->...v",
+        hidden,
+        head_VxD.astype(hidden.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    V = head_VxD.shape[0]
+    return out if vocab_size == V else jnp.where(jnp.arange(V) < vocab_size, out, _MASKED)

@@ -1,0 +1,52 @@
+"""What several test files need: scripts as modules, and a model small enough to compile fast."""
+
+import importlib.util
+import pathlib
+import types
+
+import jax
+import numpy as np
+
+from opsdc_jax.models import qwen3
+from opsdc_jax.models.qwen3 import Params, Qwen3Config
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+SMALL = Qwen3Config(
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    rope_theta=10_000.0,
+    tie_word_embeddings=True,
+)
+
+
+def load_script(name: str) -> types.ModuleType:
+    """scripts/NAME.py as a module, without running its main."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def random_params(config: Qwen3Config, seed: int, scale: float = 10.0) -> Params:
+    """Parameters `scale` times the initialiser's, so that distributions are far from uniform."""
+    params = qwen3.init_params(config, jax.random.key(seed))
+    return jax.tree.map(lambda leaf: leaf * scale if leaf.ndim > 2 else leaf, params) | {
+        "embedding": params["embedding"] * scale
+    }
+
+
+def relative_error(got: object, expected: object) -> float:
+    """L2 norm of the difference of two trees over the norm of the expected one, in float64."""
+    flat = [
+        np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
+        for tree in (got, expected)
+    ]
+    return float(np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[1]))
