@@ -1,0 +1,213 @@
+"""The train step: reverse KL to the teacher on the student's own rollouts, and the teacher.
+
+One optimizer step is `accumulate` for each micro-batch, then `apply` once. The loss is the sum of
+the divergence over all response tokens of the global batch divided by their number (OPSDC, arXiv
+2603.05433), so neither the packing into micro-batches nor padding rows change the gradient.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from opsdc_jax import losses
+from opsdc_jax.losses import TokenSums
+from opsdc_jax.models import qwen3
+from opsdc_jax.models.qwen3 import Params, Qwen3Config
+from opsdc_jax.rollout import DistillBatch
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that training carries from step to step (random keys are functions of seed and step).
+
+    Attributes:
+      student: float32 master parameters, which also sample.
+      teacher: a second tree of the same structure and shardings, never an alias of the student.
+      optimizer: state of the optax transformation.
+      step: int32, updates done so far.
+    """
+
+    student: Params
+    teacher: Params
+    optimizer: optax.OptState
+    step: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Accumulator:
+    """Sums over the micro-batches of one step: gradients (not yet divided), statistics, tokens."""
+
+    gradients: Params
+    sums: TokenSums
+    tokens: jax.Array
+
+
+class TrainStep(NamedTuple):
+    """The jitted pieces of a step, built once per run.
+
+    Attributes:
+      init: student parameters -> TrainState at step 0, its teacher a copy of the student.
+      zeros: student parameters -> empty Accumulator.
+      accumulate: (student, teacher, accumulator, DistillBatch) -> accumulator; donates the old one.
+      apply: (state, accumulator) -> (state, metrics); donates the state.
+      refresh: (student, teacher) -> teacher; writes into the teacher's own buffers.
+    """
+
+    init: Callable[[Params], TrainState]
+    zeros: Callable[[Params], Accumulator]
+    accumulate: Callable[[Params, Params, Accumulator, DistillBatch], Accumulator]
+    apply: Callable[[TrainState, Accumulator], tuple[TrainState, dict[str, jax.Array]]]
+    refresh: Callable[[Params, Params], Params]
+
+
+def make_optimizer(config: Any) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW with linear warm-up to a constant rate.
+
+    Args:
+      config: the `optim` section of the run's configuration.
+    """
+    rate: optax.ScalarOrSchedule = config.lr
+    if config.warmup_steps:
+        rate = optax.linear_schedule(
+            config.lr / config.warmup_steps, config.lr, config.warmup_steps - 1
+        )
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+    )
+
+
+def make_train_step(
+    model: Qwen3Config,
+    optimizer: optax.GradientTransformation,
+    *,
+    divergence: str,
+    chunk_tokens: int,
+    vocab_size: int,
+    shardings: Params,
+    teacher_dtype: str,
+) -> TrainStep:
+    """Builds the jitted pieces.
+
+    Args:
+      divergence: a key of `losses.DIVERGENCES`.
+      chunk_tokens: response positions whose logits exist at a time.
+      vocab_size: the tokenizer's entries.
+      shardings: tree of the parameters' shardings; teacher and gradients follow it.
+      teacher_dtype: dtype of the teacher's parameters.
+    """
+
+    def cast(params: Params) -> Params:
+        # Explicit copies: where nothing is to be cast, astype would hand back the student itself.
+        return jax.tree.map(lambda leaf: jnp.array(leaf, teacher_dtype, copy=True), params)
+
+    def init(student: Params) -> TrainState:
+        return TrainState(
+            student=student,
+            teacher=jax.lax.with_sharding_constraint(cast(student), shardings),
+            optimizer=optimizer.init(student),
+            step=jnp.int32(0),
+        )
+
+    def zeros(student: Params) -> Accumulator:
+        gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), student)
+        return Accumulator(
+            gradients=jax.lax.with_sharding_constraint(gradients, shardings),
+            sums=losses.zero_sums(),
+            tokens=jnp.int32(0),
+        )
+
+    def loss(student: Params, teacher: Params, batch: DistillBatch) -> tuple[Any, TokenSums]:
+        student_BxRxD = response_hidden(
+            student, model, batch.student_BxT, batch.student_prompt_B, batch.response_BxR.shape[1]
+        )
+        teacher_BxRxD = response_hidden(
+            teacher, model, batch.teacher_BxT, batch.teacher_prompt_B, batch.response_BxR.shape[1]
+        )
+        D = model.hidden_size
+        sums = losses.divergence_sums(
+            divergence,
+            vocab_size,
+            chunk_tokens,
+            student_BxRxD.reshape(-1, D),
+            qwen3.unembedding(student),
+            jax.lax.stop_gradient(teacher_BxRxD).reshape(-1, D),
+            jax.lax.stop_gradient(qwen3.unembedding(teacher)),
+            batch.response_BxR.reshape(-1),
+            batch.logprobs_BxR.reshape(-1),
+            response_mask(batch).reshape(-1),
+        )
+        return sums.divergence, sums
+
+    def accumulate(
+        student: Params, teacher: Params, accumulator: Accumulator, batch: DistillBatch
+    ) -> Accumulator:
+        gradients, sums = jax.grad(loss, has_aux=True)(student, teacher, batch)
+        return Accumulator(
+            gradients=jax.tree.map(jnp.add, accumulator.gradients, gradients),
+            sums=losses.merge_sums(accumulator.sums, sums),
+            tokens=accumulator.tokens + jnp.sum(batch.lengths_B),
+        )
+
+    def apply(
+        state: TrainState, accumulator: Accumulator
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        tokens = jnp.maximum(accumulator.tokens, 1).astype(jnp.float32)
+        gradients = jax.tree.map(lambda leaf: leaf / tokens, accumulator.gradients)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.student)
+        student = optax.apply_updates(state.student, updates)
+        sums = accumulator.sums
+        metrics = {
+            "loss": sums.divergence / tokens,
+            "student_entropy": sums.student_entropy / tokens,
+            "teacher_entropy": sums.teacher_entropy / tokens,
+            "logprob_gap_mean": sums.gap / tokens,
+            "logprob_gap_max": sums.gap_max,
+            "grad_norm": optax.tree.norm(gradients),
+        }
+        state = dataclasses.replace(
+            state, student=student, optimizer=optimizer_state, step=state.step + 1
+        )
+        return state, metrics
+
+    return TrainStep(
+        init=jax.jit(init),
+        zeros=jax.jit(zeros),
+        accumulate=jax.jit(accumulate, donate_argnums=2),
+        apply=jax.jit(apply, donate_argnums=0),
+        # keep_unused: a teacher dropped as unused would be donated to nobody, and not aliased.
+        refresh=jax.jit(lambda student, teacher: cast(student), donate_argnums=1, keep_unused=True),
+    )
+
+
+def response_hidden(
+    params: Params,
+    model: Qwen3Config,
+    tokens_BxT: jax.Array,
+    prompt_B: jax.Array,
+    width: int,
+) -> jax.Array:
+    """Hidden states that predict response tokens 0..width-1 of each row, [B, R, D]."""
+    hidden_BxTxD = qwen3.forward(params, model, tokens_BxT)
+    positions_BxR = prompt_B[:, None] - 1 + jnp.arange(width)
+    # A padding row may have no prompt: its position -1 is masked later, it only has to exist.
+    return jnp.take_along_axis(hidden_BxTxD, positions_BxR[:, :, None], axis=1, mode="clip")
+
+
+def response_mask(batch: DistillBatch) -> jax.Array:
+    """True at the response tokens, [B, R]."""
+    return jnp.arange(batch.response_BxR.shape[1]) < batch.lengths_B[:, None]
+
+
+def refresh_due(step: int, every: int) -> bool:
+    """Whether the teacher takes the student's weights after update `step` (counted from 1).
+
+    `every` is M of the paper; 0 freezes the teacher at the base model.
+    """
+    return every > 0 and step % every == 0

@@ -1,0 +1,100 @@
+"""metrics.jsonl, one object a step, and the count of compilations."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
+
+
+class MetricsFile:
+    """Appends one JSON object a line.
+
+    Args:
+      path: the file; created if absent.
+      last_step: lines of later steps are dropped first, since a resumed run writes them again.
+    """
+
+    def __init__(self, path: pathlib.Path, last_step: int):
+        kept = [row for row in read_metrics(path) if row["step"] <= last_step]
+        # Replaced in one go: a crash here must not cost the history.
+        rewritten = path.with_suffix(".tmp")
+        rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        rewritten.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> "MetricsFile":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; none if it does not exist. A torn last line is dropped."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # the process died while writing it
+            break
+    return rows
+
+
+class _Compilations:
+    """All compilations of this process since the first counter was made."""
+
+    count = 0
+    cached = 0
+    seconds = 0.0
+    listening = False
+
+    @classmethod
+    def listen(cls) -> None:
+        if not cls.listening:  # listeners cannot be taken back, so there is one for the process
+            cls.listening = True
+            jax.monitoring.register_event_duration_secs_listener(cls._hear_duration)
+            jax.monitoring.register_event_listener(cls._hear)
+
+    @classmethod
+    def _hear(cls, event: str, **_: Any) -> None:
+        cls.cached += event == _CACHE_HIT_EVENT
+
+    @classmethod
+    def _hear_duration(cls, event: str, duration_secs: float, **_: Any) -> None:
+        if event == _COMPILE_EVENT:
+            cls.count += 1
+            cls.seconds += duration_secs
+
+
+class CompileCounter:
+    """XLA compilations of this process from the counter's creation on.
+
+    A program read from the cache on disk counts as one, since the run waits for it too.
+    """
+
+    def __init__(self) -> None:
+        _Compilations.listen()
+        self._count, self._seconds = _Compilations.count, _Compilations.seconds
+        self._cached = _Compilations.cached
+
+    def __str__(self) -> str:
+        cached = _Compilations.cached - self._cached
+        return f"compiled {self.count} programs in {self.seconds:.1f} s ({cached} from the cache)"
+
+    @property
+    def count(self) -> int:
+        return _Compilations.count - self._count
+
+    @property
+    def seconds(self) -> float:
+        return _Compilations.seconds - self._seconds

@@ -1,0 +1,341 @@
+"""One jitted generate call: left-padded prompts in, prefill, decode loop with early exit.
+
+The sampler reads the very parameters that train. The KV cache is made inside the call and never
+leaves it. Shapes: B rows, P prompt width, R response width, S = P + R cache slots, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opsdc_jax.models import qwen3
+from opsdc_jax.models.qwen3 import KVCache, Params, Qwen3Config
+from opsdc_jax.rollout import Rollout, fitting, left_pad
+
+# Separate uses of one seed.
+TRAIN_STREAM, EVAL_STREAM = 0, 1
+
+
+class SamplingParams(NamedTuple):
+    """Traced sampling parameters: changing one compiles nothing.
+
+    Attributes:
+      temperature: divides the logits; 0 is greedy decoding.
+      top_p: keeps the smallest set of tokens with at least this probability; 1 keeps all.
+      top_k: keeps the k most likely tokens; 0 keeps all.
+      max_tokens: budget of the response, at most the static response width.
+    """
+
+    temperature: float | jax.Array = 1.0
+    top_p: float | jax.Array = 1.0
+    top_k: int | jax.Array = 0
+    max_tokens: int | jax.Array = 2**30
+
+
+class _Decode(NamedTuple):
+    """State of the decode loop; `step` counts the tokens sampled so far."""
+
+    step: jax.Array
+    token_B: jax.Array
+    done_B: jax.Array
+    lengths_B: jax.Array
+    tokens_BxR: jax.Array
+    logprobs_BxR: jax.Array
+    caches: list[KVCache]
+
+
+@jax.jit
+def sequence_keys(seed: int, stream: int, step: int, examples: jax.Array | np.ndarray) -> jax.Array:
+    """One key per sequence, [B], a pure function of (seed, stream, step, example).
+
+    Args:
+      stream: `TRAIN_STREAM` or `EVAL_STREAM`.
+      examples: [B] integers naming the sequences, whatever their place in the batch.
+    """
+    key = jax.random.key(seed)
+    for number in (stream, step):
+        key = jax.random.fold_in(key, number)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, examples)
+
+
+class Request(NamedTuple):
+    """What to sample for: all that `generate` takes besides the model.
+
+    Attributes:
+      prompts_BxP: prompts padded on the left (`rollout.left_pad`).
+      prompt_lengths_B: their lengths.
+      keys_B: one random key per sequence (`sequence_keys`). Token t of a sequence is drawn from
+        fold_in(key, t): neighbours and the place in the batch play no part.
+      sampling: temperature, top-p, top-k, budget.
+      stop_ids: ids that end a response; the one sampled is kept.
+      pad_id: fills the buffer after the response.
+    """
+
+    prompts_BxP: jax.Array
+    prompt_lengths_B: jax.Array
+    keys_B: jax.Array
+    sampling: SamplingParams
+    stop_ids: jax.Array | np.ndarray
+    pad_id: jax.Array | int
+
+
+_STATIC = ("config", "vocab_size", "response_width")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def generate(
+    params: Params, config: Qwen3Config, request: Request, *, vocab_size: int, response_width: int
+) -> Rollout:
+    """Samples one response for each prompt: prefill, then decoding until all are done.
+
+    Args:
+      vocab_size: the tokenizer's entries; embedding rows beyond them are never sampled.
+      response_width: static size of the buffers, at least the budget.
+    """
+    state = _prefill(params, config, request, vocab_size, response_width)
+    state = _decode(params, config, request, state, vocab_size, response_width)
+    return Rollout(
+        tokens_BxR=state.tokens_BxR,
+        lengths_B=state.lengths_B,
+        stopped_B=state.done_B,
+        logprobs_BxR=state.logprobs_BxR,
+    )
+
+
+def stream(
+    params: Params,
+    config: Qwen3Config,
+    request: Request,
+    *,
+    vocab_size: int,
+    response_width: int,
+    segment: int,
+) -> Iterator[Rollout]:
+    """Like `generate`, yielding what there is after every `segment` tokens, the end included.
+
+    The cache stays on the device and is donated from one segment to the next.
+    """
+    static = {"vocab_size": vocab_size, "response_width": response_width}
+    state = _start(params, config, request, **static)
+    budget = min(int(request.sampling.max_tokens), response_width)
+    while True:
+        tokens, lengths, done, logprobs = jax.device_get(
+            (state.tokens_BxR, state.lengths_B, state.done_B, state.logprobs_BxR)
+        )
+        yield Rollout(tokens, lengths, done, logprobs)
+        if done.all() or state.step >= budget:
+            return
+        state = _advance(params, config, request, state, state.step + segment, **static)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _start(
+    params: Params, config: Qwen3Config, request: Request, *, vocab_size: int, response_width: int
+) -> _Decode:
+    return _prefill(params, config, request, vocab_size, response_width)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
+def _advance(
+    params: Params,
+    config: Qwen3Config,
+    request: Request,
+    state: _Decode,
+    until: jax.Array,
+    *,
+    vocab_size: int,
+    response_width: int,
+) -> _Decode:
+    return _decode(params, config, request, state, vocab_size, response_width, until)
+
+
+def _prefill(
+    params: Params, config: Qwen3Config, request: Request, vocab_size: int, R: int
+) -> _Decode:
+    """Runs the prompts and draws each response's first token."""
+    B, P = request.prompts_BxP.shape
+    first_B = P - request.prompt_lengths_B  # slot of each row's first real token
+    slots = jnp.arange(P)
+    hidden_BxPxD, stacked = qwen3.prefill(
+        params,
+        config,
+        request.prompts_BxP,
+        positions_BxT=jnp.maximum(slots - first_B[:, None], 0),
+        valid_BxT=slots >= first_B[:, None],
+    )
+    room = ((0, 0), (0, 0), (0, 0), (0, R), (0, 0))
+    stacked = jax.tree.map(lambda leaf: jnp.pad(leaf, room), stacked)
+    state = _Decode(
+        step=jnp.int32(0),
+        token_B=jnp.zeros((B,), jnp.int32),
+        done_B=jnp.zeros((B,), bool),
+        lengths_B=jnp.zeros((B,), jnp.int32),
+        tokens_BxR=jnp.full((B, R), request.pad_id, jnp.int32),
+        logprobs_BxR=jnp.zeros((B, R), jnp.float32),
+        caches=[
+            jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+            for i in range(config.num_hidden_layers)
+        ],
+    )
+    return _append(state, request, hidden_BxPxD[:, -1], qwen3.unembedding(params), vocab_size)
+
+
+def _decode(
+    params: Params,
+    config: Qwen3Config,
+    request: Request,
+    state: _Decode,
+    vocab_size: int,
+    R: int,
+    until: jax.Array | int = 2**30,
+) -> _Decode:
+    """Draws tokens until every row is done, the budget is spent, or `until` are sampled."""
+    P = request.prompts_BxP.shape[1]
+    first_B = P - request.prompt_lengths_B
+    slots = jnp.arange(P + R)
+    limit = jnp.minimum(jnp.minimum(request.sampling.max_tokens, R), until)
+    # Cast and unstacked once a call, not once a token.
+    head_VxD = qwen3.unembedding(params).astype(config.compute_dtype)
+    layers = qwen3.unstack_layers(params, config)
+
+    def unfinished(state: _Decode) -> jax.Array:
+        return (state.step < limit) & ~jnp.all(state.done_B)
+
+    def body(state: _Decode) -> _Decode:
+        slot = P + state.step - 1  # of the newest token, whose successor is drawn here
+        hidden_BxD, caches = qwen3.decode_step(
+            params,
+            layers,
+            config,
+            state.token_B,
+            request.prompt_lengths_B + state.step - 1,
+            state.caches,
+            slot,
+            (slots >= first_B[:, None]) & (slots <= slot),
+        )
+        return _append(state._replace(caches=caches), request, hidden_BxD, head_VxD, vocab_size)
+
+    return jax.lax.while_loop(unfinished, body, state)
+
+
+def _append(
+    state: _Decode,
+    request: Request,
+    hidden_BxD: jax.Array,
+    head_VxD: jax.Array,
+    vocab_size: int,
+) -> _Decode:
+    """Draws the next token of the rows that are still running."""
+    logits_BxV = qwen3.logits(hidden_BxD, head_VxD, vocab_size)
+    drawn_B = _draw(logits_BxV, request.keys_B, state.step, request.sampling)
+    logprobs_BxV = jax.nn.log_softmax(logits_BxV, axis=-1)
+    logprob_B = jnp.take_along_axis(logprobs_BxV, drawn_B[:, None], axis=-1)[:, 0]
+    running_B = ~state.done_B
+    token_B = jnp.where(running_B, drawn_B, request.pad_id)
+    logprob_B = jnp.where(running_B, logprob_B, 0.0)
+    column = (0, state.step)
+    return state._replace(
+        step=state.step + 1,
+        token_B=token_B,
+        done_B=state.done_B | jnp.isin(drawn_B, request.stop_ids),
+        lengths_B=state.lengths_B + running_B.astype(jnp.int32),
+        tokens_BxR=jax.lax.dynamic_update_slice(state.tokens_BxR, token_B[:, None], column),
+        logprobs_BxR=jax.lax.dynamic_update_slice(state.logprobs_BxR, logprob_B[:, None], column),
+    )
+
+
+def _draw(
+    logits_BxV: jax.Array, keys_B: jax.Array, step: jax.Array, sampling: SamplingParams
+) -> jax.Array:
+    """One token id per row."""
+    temperature = jnp.asarray(sampling.temperature, jnp.float32)
+    scaled = logits_BxV / jnp.where(temperature > 0, temperature, 1.0)
+    filtering = (jnp.asarray(sampling.top_p) < 1) | (jnp.asarray(sampling.top_k) > 0)
+    scaled = jax.lax.cond(
+        filtering, lambda x: keep_top(x, sampling.top_k, sampling.top_p), lambda x: x, scaled
+    )
+    token_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, step)
+    drawn = jax.vmap(jax.random.categorical)(token_keys, scaled)
+    greedy = jnp.argmax(logits_BxV, axis=-1)
+    return jnp.where(temperature > 0, drawn, greedy).astype(jnp.int32)
+
+
+def keep_top(logits_BxV: jax.Array, top_k: int | jax.Array, top_p: float | jax.Array) -> jax.Array:
+    """Sends the logits outside top-k, then outside top-p of what is left, to -inf.
+
+    The most likely token always stays; tokens that tie with the last kept one stay too.
+    """
+    V = logits_BxV.shape[-1]
+    descending = -jnp.sort(-logits_BxV, axis=-1)
+    top_k = jnp.asarray(top_k)
+    rank = jnp.arange(V)
+    in_top_k = rank < jnp.where(top_k > 0, top_k, V)
+    probs = jax.nn.softmax(jnp.where(in_top_k, descending, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    # In float32 the sum before a last small probability can round to 1.
+    kept = in_top_k & ((before < top_p) | (rank == 0) | (jnp.asarray(top_p) >= 1))
+    threshold = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits_BxV >= threshold, logits_BxV, -jnp.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Host side of `generate`: pads prompts to one width and places their rows on the mesh.
+
+    Attributes:
+      prompt_buckets: widths that prompts are padded to, ascending (`rollout.length_buckets`).
+      response_width: static width of the buffers, in tokens.
+      vocab_size: the tokenizer's entries.
+      stop_ids, pad_id: see `Request`.
+      rows: sharding of a batch, rows split over the batch axes.
+    """
+
+    model: Qwen3Config
+    prompt_buckets: tuple[int, ...]
+    response_width: int
+    vocab_size: int
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    rows: jax.sharding.NamedSharding
+
+    def __call__(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int]],
+        keys_B: jax.Array,
+        sampling: SamplingParams,
+    ) -> Rollout:
+        """Starts one response for each prompt; the arrays may still be under way on return."""
+        request = self._request(prompts, keys_B, sampling)
+        return generate(params, self.model, request, **self._static)
+
+    def stream(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int]],
+        keys_B: jax.Array,
+        sampling: SamplingParams,
+        segment: int,
+    ) -> Iterator[Rollout]:
+        """The responses as they grow, every `segment` tokens (see `stream`)."""
+        request = self._request(prompts, keys_B, sampling)
+        return stream(params, self.model, request, segment=segment, **self._static)
+
+    @property
+    def _static(self) -> dict[str, int]:
+        return {"vocab_size": self.vocab_size, "response_width": self.response_width}
+
+    def _request(
+        self, prompts: Sequence[Sequence[int]], keys_B: jax.Array, sampling: SamplingParams
+    ) -> Request:
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        width = fitting(self.prompt_buckets, int(lengths.max()))
+        padded = left_pad(prompts, width, self.pad_id)
+        padded, lengths, keys_B = jax.device_put((padded, lengths, keys_B), self.rows)
+        stop_ids = np.asarray(self.stop_ids, np.int32)
+        return Request(padded, lengths, keys_B, sampling, stop_ids, self.pad_id)

@@ -1,0 +1,287 @@
+"""The train step: gradients, invariances, the teacher, donation, compilations."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import SMALL, random_params, relative_error
+
+from opsdc_jax import distill, sharding
+from opsdc_jax.metrics import CompileCounter
+from opsdc_jax.models import qwen3
+from opsdc_jax.rollout import DistillBatch, Rollout, micro_batches, pair
+
+ENTRIES, PAD = 37, 0
+PROMPT_WIDTH, WIDTH = 9, 16
+ROWS = 4
+OPTIM = types.SimpleNamespace(
+    lr=1e-2, warmup_steps=4, b1=0.9, b2=0.95, weight_decay=0.01, clip_norm=1.0
+)
+
+
+@pytest.fixture(scope="module")
+def jitted():
+    mesh = sharding.make_mesh({"replica": 1, "fsdp": -1, "tensor": 1})
+    return distill.make_train_step(
+        SMALL,
+        distill.make_optimizer(OPTIM),
+        divergence="reverse_kl",
+        chunk_tokens=16,
+        vocab_size=ENTRIES,
+        shardings=qwen3.shardings(SMALL, mesh),
+        teacher_dtype="float32",
+    )
+
+
+@pytest.fixture(scope="module")
+def student():
+    return random_params(SMALL, 0)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return random_params(SMALL, 1)
+
+
+@pytest.fixture(scope="module")
+def batch_inputs():
+    """A rollout with lengths 1 to 16, and prompts of different lengths on the two sides."""
+    rng = np.random.default_rng(0)
+    lengths = np.array([16, 3, 1, 9], np.int32)
+    rollout = Rollout(
+        tokens_BxR=rng.integers(1, ENTRIES, (ROWS, WIDTH)).astype(np.int32),
+        lengths_B=lengths,
+        stopped_B=lengths < WIDTH,
+        logprobs_BxR=-rng.random((ROWS, WIDTH)).astype(np.float32),
+    )
+
+    def prompts(low, high):
+        return [rng.integers(1, ENTRIES, rng.integers(low, high)).tolist() for _ in range(ROWS)]
+
+    return rollout, prompts(2, 5), prompts(6, 10)
+
+
+def accumulated(jitted, student, teacher, batches):
+    accumulator = jitted.zeros(student)
+    for batch in batches:
+        accumulator = jitted.accumulate(student, teacher, accumulator, batch)
+    return accumulator
+
+
+def cut(batch_inputs, micro_batch_size, buckets=(WIDTH,)):
+    return micro_batches(
+        *batch_inputs,
+        micro_batch_size=micro_batch_size,
+        prompt_buckets=(PROMPT_WIDTH,),
+        response_buckets=buckets,
+        pad_id=PAD,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(jitted, student, teacher, batch_inputs):
+    return accumulated(jitted, student, teacher, cut(batch_inputs, ROWS))
+
+
+def row_by_row_loss(student, teacher, batch_inputs):
+    """Summed reverse KL: each row alone, unpadded, dense logits."""
+    rollout, student_prompts, teacher_prompts = batch_inputs
+    total = 0.0
+    for row, length in enumerate(rollout.lengths_B):
+        response = rollout.tokens_BxR[row, :length].tolist()
+
+        def log_probs(params, prompt, response=response):
+            hidden = qwen3.forward(params, SMALL, jnp.array([prompt + response]))[0]
+            logits = hidden[len(prompt) - 1 : -1] @ qwen3.unembedding(params)[:ENTRIES].T
+            return jax.nn.log_softmax(logits)
+
+        log_q = log_probs(student, student_prompts[row])
+        log_p = log_probs(teacher, teacher_prompts[row])
+        total += jnp.sum(jnp.exp(log_q) * (log_q - log_p))
+    return total
+
+
+def test_loss_and_gradient_are_those_of_each_row_alone(student, teacher, batch_inputs, whole):
+    loss = jax.jit(lambda *params: row_by_row_loss(*params, batch_inputs))
+    value, gradient = jax.value_and_grad(loss)(student, teacher)
+    assert value / batch_inputs[0].lengths_B.sum() >= 0.1
+    assert int(whole.tokens) == batch_inputs[0].lengths_B.sum()
+    assert float(whole.sums.divergence) == pytest.approx(float(value), rel=1e-5)
+    assert relative_error(whole.gradients, gradient) <= 1e-5
+
+
+@pytest.mark.parametrize(("micro_batch_size", "buckets"), [(1, (16,)), (2, (4, 16))])
+def test_micro_batches_and_their_buckets_change_nothing(
+    jitted, student, teacher, batch_inputs, whole, micro_batch_size, buckets
+):
+    parts = accumulated(jitted, student, teacher, cut(batch_inputs, micro_batch_size, buckets))
+    assert int(parts.tokens) == int(whole.tokens)
+    for name, expected in whole.sums._asdict().items():
+        assert float(getattr(parts.sums, name)) == pytest.approx(float(expected), rel=1e-6)
+    assert relative_error(parts.gradients, whole.gradients) <= 1e-5
+
+
+def test_padding_rows_and_padding_tokens_change_nothing(
+    jitted, student, teacher, batch_inputs, whole
+):
+    rollout, student_prompts, teacher_prompts = batch_inputs
+    padded = jax.tree.map(lambda leaf: np.concatenate([leaf, np.zeros_like(leaf)]), rollout)
+    batch = pair(
+        padded,
+        [*student_prompts, [], [5], [7, 7], []],
+        [*teacher_prompts, [], [5], [7, 7], []],
+        prompt_width=PROMPT_WIDTH,
+        response_width=WIDTH,
+        pad_id=PAD,
+    )
+    wide = dataclasses.replace(
+        batch,
+        response_BxR=np.pad(batch.response_BxR, ((0, 0), (0, 8))),
+        logprobs_BxR=np.pad(batch.logprobs_BxR, ((0, 0), (0, 8))),
+        student_BxT=np.pad(batch.student_BxT, ((0, 0), (0, 8))),
+        teacher_BxT=np.pad(batch.teacher_BxT, ((0, 0), (0, 8))),
+    )
+    parts = accumulated(jitted, student, teacher, [wide])
+    assert int(parts.tokens) == int(whole.tokens)
+    assert float(parts.sums.divergence) == pytest.approx(float(whole.sums.divergence), rel=1e-6)
+    assert relative_error(parts.gradients, whole.gradients) <= 1e-5
+
+
+def test_apply_is_clipped_adamw_on_the_token_mean(jitted, student, whole):
+    state = jitted.init(copy(student))
+    optimizer = distill.make_optimizer(OPTIM)
+    mean = jax.tree.map(lambda leaf: leaf / whole.tokens, whole.gradients)
+    updates, _ = optimizer.update(mean, optimizer.init(student), student)
+    expected = optax.apply_updates(student, updates)
+    state, metrics = jitted.apply(state, whole)
+    assert int(state.step) == 1
+    assert relative_error(state.student, expected) <= 1e-6
+    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(mean)), rel=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(
+        float(whole.sums.divergence) / int(whole.tokens), rel=1e-6
+    )
+    assert float(metrics["logprob_gap_max"]) >= float(metrics["logprob_gap_mean"]) > 0
+
+
+def test_learning_rate_warms_up_linearly_to_a_constant():
+    """With unit gradients and b1 = b2 = 0, the first AdamW updates are the rate itself."""
+    settings = types.SimpleNamespace(**{**vars(OPTIM), "weight_decay": 0.0, "b1": 0.0, "b2": 0.0})
+    optimizer = distill.make_optimizer(settings)
+    params = {"w": jnp.zeros(())}
+    state, rates = optimizer.init(params), []
+    for _ in range(6):
+        updates, state = optimizer.update({"w": jnp.ones(())}, state, params)
+        rates.append(-float(updates["w"]))
+    np.testing.assert_allclose(rates, [2.5e-3, 5e-3, 7.5e-3, 1e-2, 1e-2, 1e-2], rtol=1e-5)
+
+
+def test_training_pulls_the_student_to_the_teacher(jitted, student, teacher, batch_inputs):
+    batches = list(cut(batch_inputs, ROWS))
+    state = dataclasses.replace(jitted.init(copy(student)), teacher=copy(teacher))
+    losses = []
+    for _ in range(20):
+        accumulator = accumulated(jitted, state.student, state.teacher, batches)
+        state, metrics = jitted.apply(state, accumulator)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.5 * losses[0]
+    assert trees_equal(state.teacher, teacher), "a step must not move the teacher"
+
+
+def test_the_first_teacher_is_a_copy_not_an_alias(jitted, student):
+    state = jitted.init(copy(student))
+    assert trees_equal(state.teacher, student)
+    assert not buffers(state.teacher) & buffers(state.student)
+
+
+def test_refresh_copies_into_the_teachers_own_buffers(jitted, student, teacher):
+    new, old = copy(student), copy(teacher)
+    held = buffers(old)
+    refreshed = jitted.refresh(new, old)
+    assert trees_equal(refreshed, student)
+    assert buffers(refreshed) == held
+    assert not buffers(refreshed) & buffers(new)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+    compiled = jitted.refresh.lower(student, teacher).compile().as_text()
+    aliased = compiled.split("entry_computation_layout")[0].count("may-alias")
+    assert aliased == len(jax.tree.leaves(student))
+
+
+def test_refresh_casts_to_the_teachers_dtype(student):
+    mesh = sharding.make_mesh({"replica": 1, "fsdp": -1, "tensor": 1})
+    jitted = distill.make_train_step(
+        SMALL,
+        distill.make_optimizer(OPTIM),
+        divergence="reverse_kl",
+        chunk_tokens=16,
+        vocab_size=ENTRIES,
+        shardings=qwen3.shardings(SMALL, mesh),
+        teacher_dtype="bfloat16",
+    )
+    state = jitted.init(copy(student))
+    teacher = jitted.refresh(state.student, state.teacher)
+    for tree in (state.teacher, teacher):
+        assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.student)} == {jnp.dtype("float32")}
+
+
+def test_steady_state_compiles_nothing(jitted, student, teacher, batch_inputs):
+    """After the first use of each shape, other data, step numbers and weights compile nothing."""
+
+    def step(state, seed):
+        rollout, *prompts = batch_inputs
+        rng = np.random.default_rng(seed)
+        rows = rng.permutation(ROWS)
+        shuffled = jax.tree.map(lambda leaf: leaf[rows], rollout)
+        inputs = (shuffled, *([side[row] for row in rows] for side in prompts))
+        accumulator = accumulated(jitted, state.student, state.teacher, cut(inputs, 2, (4, 16)))
+        state, _ = jitted.apply(state, accumulator)
+        return dataclasses.replace(state, teacher=jitted.refresh(state.student, state.teacher))
+
+    state = step(jitted.init(copy(student)), seed=0)
+    counter = CompileCounter()
+    for seed in (1, 2, 3):
+        state = step(state, seed)
+    jax.block_until_ready(state)
+    assert counter.count == 0
+    jax.jit(lambda x: x + seed)(1)  # the counter does count
+    assert counter.count == 1
+
+
+@pytest.mark.parametrize(
+    ("every", "due"),
+    [(0, []), (1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (5, [5]), (7, [])],
+)
+def test_refresh_schedule(every, due):
+    assert [step for step in range(1, 7) if distill.refresh_due(step, every)] == due
+
+
+def test_response_positions_predict_the_response(student):
+    """Row t of the response's hidden states is the one whose successor is response token t."""
+    tokens = jnp.array([[3, 4, 5, 6, 7, 8], [9, 8, 7, 6, 5, 4]])
+    hidden = qwen3.forward(student, SMALL, tokens)
+    got = distill.response_hidden(student, SMALL, tokens, jnp.array([2, 4]), 2)
+    np.testing.assert_array_equal(got[0], hidden[0, 1:3])
+    np.testing.assert_array_equal(got[1], hidden[1, 3:5])
+
+
+def test_response_mask():
+    fields = {field.name: None for field in dataclasses.fields(DistillBatch)}
+    batch = DistillBatch(**fields | {"response_BxR": np.zeros((3, 4)), "lengths_B": np.arange(3)})
+    expected = [[False] * 4, [True, False, False, False], [True, True, False, False]]
+    assert distill.response_mask(batch).tolist() == expected
+
+
+def copy(params):
+    return jax.tree.map(jnp.copy, params)
+
+
+def buffers(params):
+    return {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)}
+
+
+def trees_equal(left, right):
+    return jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), left, right))

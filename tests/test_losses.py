@@ -1,0 +1,175 @@
+"""The divergences against a dense float64 brute force."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import relative_error
+from jax.extend import core
+
+from opsdc_jax import losses
+from opsdc_jax.config import DIVERGENCE_NAMES
+
+N, D, V, ENTRIES = 45, 24, 130, 117  # V - ENTRIES embedding rows lie beyond the tokenizer
+INPUTS = np.random.default_rng(0)
+STUDENT, TEACHER = INPUTS.normal(size=(2, N, D))
+STUDENT_HEAD, TEACHER_HEAD = INPUTS.normal(size=(2, V, D)) * 0.4
+TOKENS = INPUTS.integers(0, ENTRIES, N)
+SAMPLER_LOGPROBS = -INPUTS.random(N) * 5
+MASK = INPUTS.random(N) < 0.7
+
+
+@functools.cache
+def chunked(name: str, chunk: int):
+    """(sums, gradients with respect to student hidden states and head) in float32."""
+
+    def loss(student, head):
+        sums = losses.divergence_sums(
+            name,
+            ENTRIES,
+            chunk,
+            student,
+            head,
+            jnp.asarray(TEACHER, jnp.float32),
+            jnp.asarray(TEACHER_HEAD, jnp.float32),
+            jnp.asarray(TOKENS),
+            jnp.asarray(SAMPLER_LOGPROBS, jnp.float32),
+            jnp.asarray(MASK),
+        )
+        return sums.divergence, sums
+
+    gradients, sums = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(
+        jnp.asarray(STUDENT, jnp.float32), jnp.asarray(STUDENT_HEAD, jnp.float32)
+    )
+    return sums, gradients
+
+
+def brute_force(name: str):
+    """(divergence per position, gradients of its masked sum), dense, in float64."""
+
+    def per_position(student, head):
+        log_q = jax.nn.log_softmax(student @ head[:ENTRIES].T)
+        log_p = jax.nn.log_softmax(jnp.asarray(TEACHER) @ jnp.asarray(TEACHER_HEAD)[:ENTRIES].T)
+        q, p = jnp.exp(log_q), jnp.exp(log_p)
+        m = (q + p) / 2
+        terms = {
+            "reverse_kl": q * (log_q - log_p),
+            "forward_kl": p * (log_p - log_q),
+            "jsd": (q * jnp.log(q / m) + p * jnp.log(p / m)) / 2,
+        }
+        return terms[name].sum(-1)
+
+    with jax.enable_x64(True):
+        student, head = jnp.asarray(STUDENT), jnp.asarray(STUDENT_HEAD)
+        total = lambda *inputs: jnp.sum(per_position(*inputs) * MASK)  # noqa: E731
+        gradients = jax.grad(total, argnums=(0, 1))(student, head)
+        return np.asarray(per_position(student, head)), jax.tree.map(np.asarray, gradients)
+
+
+@pytest.mark.parametrize("name", DIVERGENCE_NAMES)
+def test_value_and_gradient_match_float64(name):
+    expected, expected_gradients = brute_force(name)
+    assert expected[MASK].mean() >= 0.1
+    sums, gradients = chunked(name, 16)
+    assert float(sums.divergence) == pytest.approx(expected[MASK].sum(), rel=1e-5)
+    for got, wanted in zip(gradients, expected_gradients, strict=True):
+        assert relative_error(got, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("name", DIVERGENCE_NAMES)
+@pytest.mark.parametrize("chunk", [1, 7, 45, 64])
+def test_chunk_size_changes_nothing(name, chunk):
+    sums, gradients = chunked(name, chunk)
+    reference, reference_gradients = chunked(name, 16)
+    assert float(sums.divergence) == pytest.approx(float(reference.divergence), rel=1e-6)
+    assert relative_error(gradients, reference_gradients) <= 1e-5
+
+
+def test_logged_sums_match_float64():
+    def log_softmax(hidden, head):
+        logits = hidden @ head[:ENTRIES].T
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    log_q, log_p = log_softmax(STUDENT, STUDENT_HEAD), log_softmax(TEACHER, TEACHER_HEAD)
+    gap = np.abs(log_q[np.arange(N), TOKENS] - SAMPLER_LOGPROBS)[MASK]
+    sums, _ = chunked("reverse_kl", 16)
+    for got, expected in (
+        (sums.student_entropy, -(np.exp(log_q) * log_q).sum(-1)[MASK].sum()),
+        (sums.teacher_entropy, -(np.exp(log_p) * log_p).sum(-1)[MASK].sum()),
+        (sums.gap, gap.sum()),
+        (sums.gap_max, gap.max()),
+    ):
+        assert float(got) == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_gradient_reaches_the_teacher():
+    def loss(teacher, head):
+        return losses.divergence_sums(
+            "reverse_kl",
+            ENTRIES,
+            16,
+            jnp.asarray(STUDENT, jnp.float32),
+            jnp.asarray(STUDENT_HEAD, jnp.float32),
+            teacher,
+            head,
+            jnp.asarray(TOKENS),
+            jnp.asarray(SAMPLER_LOGPROBS, jnp.float32),
+            jnp.asarray(MASK),
+        ).divergence
+
+    gradients = jax.grad(loss, argnums=(0, 1))(
+        jnp.asarray(TEACHER, jnp.float32), jnp.asarray(TEACHER_HEAD, jnp.float32)
+    )
+    assert all(not np.any(leaf) for leaf in gradients)
+
+
+def test_masked_positions_and_rows_beyond_the_tokenizer_get_no_gradient():
+    _, (hidden, head) = chunked("reverse_kl", 16)
+    assert not np.any(np.asarray(hidden)[~MASK])
+    assert np.all(np.any(np.asarray(hidden)[MASK], axis=1))
+    assert not np.any(np.asarray(head)[ENTRIES:])
+
+
+def test_reverse_and_forward_differ_and_swap_with_the_sides():
+    log_q = jax.nn.log_softmax(jnp.array([2.0, 0.0, -1.0]))
+    log_p = jax.nn.log_softmax(jnp.array([0.0, 1.0, 0.0]))
+    assert losses.reverse_kl(log_q, log_p) == losses.forward_kl(log_p, log_q)
+    assert abs(losses.reverse_kl(log_q, log_p) - losses.forward_kl(log_q, log_p)) > 0.01
+    assert losses.jsd(log_q, log_p) == pytest.approx(float(losses.jsd(log_p, log_q)), rel=1e-6)
+    assert 0 < losses.jsd(log_q, log_p) < np.log(2)
+
+
+def test_no_array_of_tokens_by_vocabulary_exists():
+    """Neither in the forward pass nor in the backward pass; [chunk, vocabulary] is the largest."""
+
+    def loss(student, head):
+        return losses.divergence_sums(
+            "reverse_kl",
+            ENTRIES,
+            8,
+            student,
+            head,
+            jnp.zeros((N, D)),
+            jnp.zeros((V, D)),
+            jnp.zeros((N,), jnp.int32),
+            jnp.zeros((N,)),
+            jnp.ones((N,), bool),
+        ).divergence
+
+    gradient = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(jnp.zeros((N, D)), jnp.zeros((V, D)))
+    shapes = set(_shapes(gradient.jaxpr))
+    assert (8, V) in shapes
+    assert not [shape for shape in shapes if V in shape and np.prod(shape) >= N * V]
+
+
+def _shapes(jaxpr):
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.shape for variable in equation.outvars)
+        for inner in core.jaxprs_in_params(equation.params):
+            yield from _shapes(inner)
+
+
+def test_every_configurable_divergence_exists():
+    assert set(losses.DIVERGENCES) == set(DIVERGENCE_NAMES)
