@@ -1,0 +1,101 @@
+"""A run's folder: config.json, metrics.jsonl, samples/, eval/, plots/, checkpoints/."""
+
+import json
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from opsdc_jax.config import InputError, differing_keys, flatten
+from opsdc_jax.files import read_json, write_json
+
+
+class Workdir:
+    """Paths of a run, made on opening; holds one run of one configuration.
+
+    Opening one only reads; `create` writes. So bad input found in between leaves nothing behind.
+
+    Args:
+      path: the folder, which need not exist.
+      config: the configuration of the run it holds or will hold.
+
+    Raises:
+      InputError: the folder holds something else, or a run of another configuration (the keys
+        that differ are named).
+    """
+
+    def __init__(self, path: str | pathlib.Path, config: ConfigDict):
+        self.path = pathlib.Path(path)
+        self._config: dict[str, Any] = json.loads(config.to_json())
+        if self._stored.exists():
+            self._refuse_other_run()
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise InputError(f"{self.path} is not empty and holds no run: choose another --workdir")
+
+    def create(self) -> None:
+        """Makes the folders and writes config.json.
+
+        Raises:
+          InputError: the folder cannot be written.
+        """
+        try:
+            for folder in (self.eval, self.samples, self.plots):
+                folder.mkdir(parents=True, exist_ok=True)
+            write_json(self._stored, self._config)
+        except OSError as error:
+            raise InputError(
+                f"workdir {self.path} cannot be written ({error.strerror}): choose another"
+            ) from None
+
+    @property
+    def _stored(self) -> pathlib.Path:
+        return self.path / "config.json"
+
+    @property
+    def eval(self) -> pathlib.Path:
+        return self.path / "eval"
+
+    @property
+    def samples(self) -> pathlib.Path:
+        return self.path / "samples"
+
+    @property
+    def plots(self) -> pathlib.Path:
+        return self.path / "plots"
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> pathlib.Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> pathlib.Path:
+        """The final table; its presence marks a finished run."""
+        return self.eval / "summary.json"
+
+    def _refuse_other_run(self) -> None:
+        theirs = flatten(ConfigDict(read_json(self._stored)))
+        changed = differing_keys(flatten(ConfigDict(self._config)), theirs)
+        if changed:
+            raise InputError(
+                f"{self.path} holds a run of another configuration ({'; '.join(changed)}): "
+                f"choose another --workdir, or the run's own settings to continue it"
+            )
+
+
+def is_finished(path: str | pathlib.Path) -> bool:
+    """Whether the folder holds a finished run."""
+    return (pathlib.Path(path) / "eval" / "summary.json").exists()
+
+
+def beside_finished(path: str | pathlib.Path) -> pathlib.Path:
+    """`path`, or the first of path-2, path-3, ... that holds no finished run."""
+    path, number = pathlib.Path(path), 1
+    candidate = path
+    while is_finished(candidate):
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate

@@ -1,0 +1,71 @@
+"""Writes a run's student as an ordinary Hugging Face folder: weights, configuration, tokenizer.
+
+    python scripts/export.py --checkpoint runs/tiny --out my-model [--dtype bfloat16]
+
+transformers and vLLM load the folder as they load any Qwen3.
+
+Exit codes: 0 done; 1 an unexpected error (with a traceback); 2 bad input.
+"""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from opsdc_jax import cli
+from opsdc_jax.checkpoint import Checkpointer
+from opsdc_jax.config import DTYPES, InputError
+from opsdc_jax.files import read_json
+from opsdc_jax.models import hf, qwen3
+
+
+def main(argv: Sequence[str]) -> int:
+    """Reads the newest checkpoint of a run and writes the folder."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("checkpoint", None, "folder of the run", flag_values=values)
+    flags.DEFINE_string("out", None, "folder to write; must not exist yet", flag_values=values)
+    flags.DEFINE_enum(
+        "dtype", "bfloat16", DTYPES, "of the weights in the files", flag_values=values
+    )
+    args = cli.parse(values, argv)
+    for name in ("checkpoint", "out"):
+        if not getattr(args, name):
+            raise InputError(f"--{name} DIR is required")
+    run, out = pathlib.Path(args.checkpoint), pathlib.Path(args.out)
+    if out.exists():
+        raise InputError(f"--out={out} exists already: choose another folder or remove it")
+
+    settings = ConfigDict(read_json(run / "config.json"))
+    base = hf.resolve_folder(settings.model.path)
+    model, tokenizer = hf.load_config(base), hf.load_tokenizer(base)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        qwen3.abstract_params(model),
+    )
+    if not (run / "checkpoints").is_dir():
+        raise InputError(f"{run} holds no checkpoints: give the workdir of a run")
+    with Checkpointer(run / "checkpoints", settings.checkpoint.keep) as checkpoints:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise InputError(f"{run} holds no finished checkpoint yet")
+        student = checkpoints.restore_student(step, like)
+    stop_ids = hf.stop_token_ids(base, tokenizer)
+    hf.save_folder(
+        out,
+        student,
+        model,
+        eos_token_ids=list(stop_ids),
+        pad_token_id=tokenizer.pad_token_id,
+        dtype=args.dtype,
+    )
+    tokenizer.save_pretrained(out)
+    print(f"wrote the student of step {step} to {out} ({args.dtype})")
+    return cli.EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,272 @@
+"""scripts/train.py as a user runs it, in miniature: artefacts, resume, bad input."""
+
+import json
+
+import jax
+import pytest
+from helpers import ROOT, load_script
+
+from opsdc_jax import cli
+from opsdc_jax.metrics import CompileCounter, read_metrics
+from opsdc_jax.models import hf, weights
+from opsdc_jax.tiny import BASE_FOLDER
+
+train = load_script("train")
+TINY = ["train.py", "--config", str(ROOT / "configs" / "tiny.py")]
+SMALL = [
+    "--config.train.steps=4",
+    "--config.train.batch_size=4",
+    "--config.train.micro_batch_size=2",
+    "--config.sampler.max_response_tokens=24",
+    "--config.teacher.every=2",
+    "--config.eval.every=0",
+    "--config.eval.samples_per_level=4",
+    "--config.eval.batch_size=12",
+    "--config.eval.max_response_tokens=160",
+    "--config.checkpoint.every_steps=2",
+    "--config.log.samples_every=3",
+    "--config.log.samples=2",
+]
+TIMES = ("tokens_per_s", "compilations")  # all else in metrics.jsonl must repeat
+
+
+def run(workdir, *more):
+    return cli.run(train.main, [*TINY, *SMALL, "--workdir", str(workdir), *more])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    assert run(workdir) == cli.EXIT_DONE
+    return workdir
+
+
+def test_the_run_leaves_everything_behind(finished):
+    rows = read_metrics(finished / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[0].keys() >= {
+        "step",
+        "loss",
+        "response_tokens",
+        "student_entropy",
+        "teacher_entropy",
+        "truncated",
+        "logprob_gap_mean",
+        "logprob_gap_max",
+        "grad_norm",
+        "tokens_per_s",
+    }
+    assert all(0 < row["logprob_gap_mean"] <= row["logprob_gap_max"] <= 1e-4 for row in rows)
+    assert all(row["loss"] > 0 for row in rows)
+    config = json.loads((finished / "config.json").read_text())
+    assert config["train"]["steps"] == 4
+    assert config["optim"]["lr"] == 2e-4
+    assert {path.name for path in (finished / "plots").iterdir()} == {
+        "loss.png",
+        "length.png",
+        "entropy.png",
+        "accuracy.png",
+        "overview.png",
+    }
+    assert (finished / "checkpoints" / "4").is_dir()
+
+
+def test_the_summary_holds_the_three_systems(finished):
+    summary = json.loads((finished / "eval" / "summary.json").read_text())
+    assert list(summary) == ["base", "concise_prompt", "student"]
+    keys = {"accuracy", "accuracy_se", "tokens", "tokens_se", "samples", "truncated"}
+    for system in summary.values():
+        assert system["overall"].keys() == keys
+        assert system["overall"]["samples"] == 12
+        assert list(system["by_level"]) == ["easy", "medium", "hard"]
+        assert all(level.keys() == keys for level in system["by_level"].values())
+    base, concise = (summary[name]["overall"]["tokens"] for name in ("base", "concise_prompt"))
+    assert concise < base
+
+
+def test_evaluation_can_be_off(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert run(workdir, "--config.eval.source=none", "--config.train.steps=1") == cli.EXIT_DONE
+    assert "no evaluation" in capsys.readouterr().out
+    assert not (workdir / "plots" / "accuracy.png").exists()
+    assert json.loads((workdir / "eval" / "summary.json").read_text()) == {}
+
+
+def test_samples_hold_the_sampled_ids(finished):
+    assert sorted(path.name for path in (finished / "samples").iterdir()) == [
+        "step-000003.json",
+        "step-000004.json",
+    ]
+    samples = json.loads((finished / "samples" / "step-000003.json").read_text())
+    assert len(samples) == 2
+    for sample in samples:
+        assert 0 < len(sample["ids"]) <= 24
+        assert sample["stopped"] == sample["text"].endswith("<|im_end|>")
+        assert len(sample["text"].split()) == len(sample["ids"])
+
+
+def test_steps_of_known_shapes_compile_nothing(finished):
+    """Two buckets, each first used early: whatever compiles later would show in the count."""
+    counts = [row["compilations"] for row in read_metrics(finished / "metrics.jsonl")]
+    assert counts[-1] == counts[-2]
+
+
+def test_a_finished_run_prints_its_table_and_compiles_nothing(finished, capsys):
+    counter = CompileCounter()
+    assert run(finished) == cli.EXIT_DONE
+    assert "| student, plain prompt" in capsys.readouterr().out
+    assert counter.count == 0
+
+
+@pytest.fixture
+def described(capsys, monkeypatch):
+    """A function that runs up to the training and returns what was printed."""
+
+    class StopError(Exception):
+        pass
+
+    def stop(*_):
+        raise StopError
+
+    def run_and_stop(*arguments):
+        monkeypatch.setattr(train, "train", stop)
+        with pytest.raises(StopError):
+            run(*arguments)
+        return capsys.readouterr().out
+
+    return run_and_stop
+
+
+def test_the_plan_and_both_prompts_are_printed(tmp_path, described):
+    printed = described(tmp_path / "run")
+    assert "refreshed every 2 steps" in printed
+    assert "4 steps of 4 rollouts" in printed
+    assert "<|im_start|> user start" in printed
+    assert "<|im_start|> user Be direct ." in printed
+    assert printed.count("<|im_end|> <|im_start|> assistant") == 2
+
+
+def test_a_killed_run_continues_as_if_it_had_never_stopped(finished, tmp_path, monkeypatch):
+    class KilledError(Exception):
+        pass
+
+    def killed_at_step_4(self, step, *arguments, add=train.Progress.add):
+        if step == 4:
+            raise KilledError
+        add(self, step, *arguments)
+
+    workdir = tmp_path / "run"
+    monkeypatch.setattr(train.Progress, "add", killed_at_step_4)
+    with pytest.raises(KilledError):
+        run(workdir)
+    monkeypatch.undo()
+    assert run(workdir) == cli.EXIT_DONE
+
+    def values(path):
+        rows = read_metrics(path / "metrics.jsonl")
+        return [{key: row[key] for key in row if key not in TIMES} for row in rows]
+
+    assert values(workdir) == values(finished)
+    summaries = [(path / "eval" / "summary.json").read_text() for path in (workdir, finished)]
+    assert summaries[0] == summaries[1]
+
+
+def test_a_new_run_goes_beside_a_finished_one(finished, described):
+    assert f"workdir  {finished}-2" in described(finished, "--new_if_finished")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.train.stpes=1"], "did you mean config.train.steps?"),
+        (
+            ["--config.model.path=/nowhere"],
+            "model.path='/nowhere' is neither a folder nor a hub id",
+        ),
+        (["--config.teacher.every=-1"], "teacher.every=-1 must not be negative"),
+        (["--config.sampler.max_prompt_tokens=9"], "max_prompt_tokens=9 cannot hold a prompt of"),
+        (["--config.sampler.max_response_tokens=9999"], "exceeds the model's"),
+        (["--config.train.micro_batch_size=3"], "is not a multiple of"),
+        (["--config.prompts.instruction=v7"], "prompts.instruction='v7'"),
+        (["--config.prompts.template=none"], "prompts.template='none'"),
+        (["--config.data.source=nothing"], "data.source='nothing'"),
+        (["--config.mesh.tensor=3"], "mesh"),
+        (["--config.optim.lr=fast"], "config.optim.lr=fast"),
+    ],
+)
+def test_bad_input_stops_before_any_compilation(tmp_path, capsys, arguments, message):
+    counter = CompileCounter()
+    assert run(tmp_path / "run", *arguments) == cli.EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists(), "bad input leaves nothing behind"
+    assert counter.count == 0
+
+
+@pytest.mark.parametrize("script", ["train", "sample", "export", "rehearse", "bench_demo"])
+def test_every_script_explains_itself(script, capsys):
+    module = load_script(script)
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(module.main, [f"{script}.py", "--help"])
+    assert exit_.value.code == cli.EXIT_DONE
+    printed = capsys.readouterr().out
+    assert printed.startswith(module.__doc__)
+    assert "--" in printed.removeprefix(module.__doc__)
+
+
+def test_a_workdir_of_another_config_is_refused(finished, capsys):
+    assert run(finished, "--config.seed=5") == cli.EXIT_BAD_INPUT
+    assert "seed: 0 -> 5" in capsys.readouterr().err
+
+
+def test_an_unwritable_workdir_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run(tmp_path / "file" / "run") == cli.EXIT_BAD_INPUT
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_exported_student_is_an_ordinary_folder(finished, tmp_path, capsys):
+    export = load_script("export")
+    arguments = ["export.py", "--checkpoint", str(finished), "--out", str(tmp_path / "student")]
+    assert cli.run(export.main, [*arguments, "--dtype", "float32"]) == cli.EXIT_DONE
+    assert "student of step 4" in capsys.readouterr().out
+    base, student = (hf.load_config(path) for path in (BASE_FOLDER, tmp_path / "student"))
+    assert base == student
+    moved = jax.tree.map(
+        lambda a, b: float(abs(a - b).max()),
+        weights.load_params(BASE_FOLDER, base),
+        weights.load_params(tmp_path / "student", student),
+    )
+    largest = max(jax.tree.leaves(moved))
+    assert 0 < largest < 0.01, "trained, but only by four small steps"
+    tokenizers = [hf.load_tokenizer(path) for path in (BASE_FOLDER, tmp_path / "student")]
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+    assert tokenizers[0].chat_template == tokenizers[1].chat_template
+    assert cli.run(export.main, arguments) == cli.EXIT_BAD_INPUT
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "x"], "--checkpoint DIR is required"),
+        (["--checkpoint", "nowhere", "--out", "x"], "config.json does not exist"),
+        (["--checkpoint", "nowhere", "--out", "x", "--dtype", "int8"], "dtype"),
+    ],
+)
+def test_bad_exports_are_refused(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(load_script("export").main, ["export.py", *arguments]) == cli.EXIT_BAD_INPUT
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_sample_streams_both_modes(capsys):
+    arguments = ["--model", "tiny", "--prompt", "start 33 + 9 - 2", "--max_tokens", "40"]
+    assert cli.run(load_script("sample").main, ["sample.py", *arguments]) == cli.EXIT_DONE
+    printed = capsys.readouterr().out
+    assert printed.count("<think>") == 2
+    assert "--- plain: prompt of 11 tokens" in printed
+    assert "--- concise (v1): prompt of 21 tokens" in printed
+    assert printed.count(" tokens") >= 4

@@ -1,0 +1,73 @@
+"""A run's folder: one run of one configuration."""
+
+import json
+
+import pytest
+
+from opsdc_jax.config import InputError, default_config
+from opsdc_jax.files import write_json
+from opsdc_jax.workdir import Workdir, beside_finished, is_finished
+
+
+def opened(path, **changes):
+    settings = default_config()
+    settings.update_from_flattened_dict(changes)
+    return Workdir(path, settings)
+
+
+def test_opening_writes_nothing_and_creating_does(tmp_path):
+    workdir = opened(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    workdir.create()
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["teacher"]["every"] == 50
+
+
+def test_the_same_configuration_opens_again(tmp_path):
+    opened(tmp_path / "run").create()
+    opened(tmp_path / "run").create()
+
+
+def test_another_configuration_is_refused_and_named(tmp_path):
+    opened(tmp_path / "run").create()
+    with pytest.raises(InputError, match=r"optim.lr: 1e-06 -> 0.5; seed: 0 -> 7"):
+        opened(tmp_path / "run", **{"optim.lr": 0.5, "seed": 7})
+
+
+def test_a_folder_of_something_else_is_refused_and_kept(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        opened(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '"x"'])
+def test_a_damaged_config_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"cannot be read|does not hold a JSON object"):
+        opened(tmp_path)
+
+
+def test_an_unwritable_workdir_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        opened(tmp_path / "file" / "run").create()
+
+
+def test_a_new_run_goes_beside_finished_ones(tmp_path):
+    path = tmp_path / "tiny"
+    assert beside_finished(path) == path
+    for expected in ("tiny-2", "tiny-3"):
+        taken = opened(beside_finished(path))
+        taken.create()
+        assert beside_finished(path) == taken.path, "an unfinished run is continued"
+        write_json(taken.summary, {})
+        assert is_finished(taken.path)
+        assert beside_finished(path) == tmp_path / expected
+
+
+def test_write_json_replaces_in_one_go(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    write_json(tmp_path / "a.json", {"x": 2})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
