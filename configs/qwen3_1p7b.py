@@ -1,11 +1,11 @@
 """Qwen3-1.7B on DAPO-Math-17k, the paper's settings for 8B and 14B.
 
 Command:   python scripts/train.py --config configs/qwen3_1p7b.py --workdir runs/qwen3_1p7b
-Hardware:  24 GB of accelerator memory over all devices for the float32 student, its two AdamW
-           moments and the bf16 teacher (14 bytes a parameter), and room for activations and the KV
-           cache of 32 rollouts of 1,024 + 8,192 tokens. The attention is dense: where it does not
-           fit, lower train.micro_batch_size and sampler.max_response_tokens (the paper still saw
-           -29.8% with rollouts of 1,024 tokens).
+Hardware:  about 38 GB of accelerator memory over all devices for the float32 student, its AdamW
+           moments and gradients, and the bf16 teacher (22 bytes a parameter), and room for
+           activations and the KV cache of 32 rollouts of 1,024 + 8,192 tokens. Not yet run on any.
+           Attention is dense: where it does not fit, lower train.micro_batch_size and
+           sampler.max_response_tokens (the paper still saw -29.8% with rollouts of 1,024 tokens).
 Time:      not measured; most of it is sampling.
 Expected:  the paper has no result for this size.
 """

@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     config.sampler.max_response_tokens = 160
 
     config.train.steps = 40
+    config.train.micro_batch_size = 32
     config.teacher.every = 20
 
     # A model this small needs far larger steps than Qwen3.
@@ -36,6 +37,7 @@ def get_config() -> ConfigDict:
 
     config.eval.source = ""
     config.eval.every = 10
+    config.eval.batch_size = 256
     config.eval.max_response_tokens = 160
     # At temperature 1 the errors of the model show; at 0.6 this easy task would hide them.
     config.eval.temperature = 1.0

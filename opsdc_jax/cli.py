@@ -1,6 +1,5 @@
 """What the scripts share: flags, configuration overrides, exit codes."""
 
-import difflib
 import os
 import pathlib
 import re
@@ -11,7 +10,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from opsdc_jax.config import InputError, default_config, flatten
+from opsdc_jax.config import InputError, default_config, flatten, unknown_key
 
 EXIT_DONE = 0
 EXIT_FAILED = 1  # an error that is ours, with a traceback
@@ -59,23 +58,34 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> flags.FlagValues:
     for argument in argv[1:]:
         override = _OVERRIDE.match(argument)
         if override and override[1] not in known:
-            nearest = difflib.get_close_matches(override[1], known, n=1, cutoff=0)
-            raise InputError(f"unknown key config.{override[1]}: did you mean config.{nearest[0]}?")
+            raise InputError(unknown_key(override[1]))
     try:
         rest = values(list(argv))
         if "config" in values:
             if values.config is None:
                 raise InputError("--config FILE is required, for instance --config configs/tiny.py")
             flatten(values.config)  # a file that could not be loaded only complains when it is used
-    except (flags.Error, OSError, SyntaxError) as error:
-        message = " ".join(str(error).split())
-        raise InputError(message.removeprefix(_LOAD_FAILURE)) from None
+    except InputError:
+        raise
+    except flags.Error as error:
+        raise InputError(_sentence(error)) from None
+    except Exception as error:  # whatever a configuration file of the user's may do
+        raise InputError(
+            f"the configuration file cannot be loaded: {type(error).__name__}: {_sentence(error)}"
+        ) from None
     if len(rest) > 1:
         raise InputError(f"unexpected argument {rest[1]!r}: options start with --")
     return values
 
 
-_LOAD_FAILURE = "Configuration is not available because of an earlier failure to load: "
+def _sentence(error: Exception) -> str:
+    """An error's message on one line; of a traceback in it, only the end."""
+    message = str(error).rpartition("Traceback (most recent call last)")[2].strip()
+    return (
+        " ".join(message.splitlines()[-1].split())
+        if "File " in message
+        else " ".join(message.split())
+    )
 
 
 def config_name(argv: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 "Paper" below is OPSDC (arXiv 2603.05433). Files in configs/ change what differs and nothing else.
 """
 
+import difflib
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -53,7 +54,7 @@ def default_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = 100  # the paper reports step 99-100
     config.train.batch_size = 32  # prompts a step, one response each; paper
-    config.train.micro_batch_size = 32  # rows in memory at a time; changes no result
+    config.train.micro_batch_size = 4  # rows in memory at a time; changes no result
 
     config.teacher = ConfigDict()
     config.teacher.every = 50  # M: steps between refreshes of the teacher, 0 = frozen; paper
@@ -86,7 +87,7 @@ def default_config() -> ConfigDict:
     config.eval.limit = 0  # problems, drawn at random; 0 = all
     config.eval.every = 0  # steps between evaluations of the student; 0 = only before and after
     config.eval.samples_per_level = 512  # fresh problems of each difficulty level (tiny)
-    config.eval.batch_size = 256  # responses sampled at a time
+    config.eval.batch_size = 32  # responses sampled at a time
     config.eval.max_response_tokens = 30_000  # paper
     config.eval.temperature = 0.6  # paper
     config.eval.top_p = 0.95  # paper
@@ -145,12 +146,18 @@ def validate(config: ConfigDict) -> None:
     Raises:
       InputError: naming the key, its value and what would be right.
     """
+    known, given = flatten(default_config()), flatten(config)
+    for key in given.keys() - known.keys():
+        raise InputError(unknown_key(key))
+    for key in known.keys() - given.keys():
+        raise InputError(f"config.{key} is missing: start from default_config()")
     for key in _AT_LEAST_ONE:
         _require(config, key, lambda value: value > 0, "must be positive")
     for key in _NOT_NEGATIVE:
         _require(config, key, lambda value: value >= 0, "must not be negative")
     for key, names in _CHOICES.items():
         _require(config, key, lambda value, names=names: value in names, f"is not one of {names}")
+    _require(config, "seed", lambda value: value < 2**31, "must be below 2**31")
     for key in ("sampler.top_p", "eval.top_p"):
         _require(config, key, lambda value: 0 < value <= 1, "must be above 0 and at most 1")
     for key in ("optim.b1", "optim.b2"):
@@ -167,6 +174,12 @@ def _require(config: ConfigDict, key: str, holds: Any, message: str) -> None:
     value = get(config, key)
     if not holds(value):
         raise InputError(f"{key}={value!r} {message}")
+
+
+def unknown_key(key: str) -> str:
+    """What to tell about a key that does not exist."""
+    nearest = difflib.get_close_matches(key, flatten(default_config()), n=1, cutoff=0)
+    return f"unknown key config.{key}: did you mean config.{nearest[0]}?"
 
 
 def get(config: ConfigDict, key: str) -> Any:

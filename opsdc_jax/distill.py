@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from opsdc_jax import losses
 from opsdc_jax.losses import TokenSums
@@ -52,13 +53,16 @@ class TrainStep(NamedTuple):
     """The jitted pieces of a step, built once per run.
 
     Attributes:
-      init: student parameters -> TrainState at step 0, its teacher a copy of the student.
+      like: the TrainState with shapes, dtypes and shardings in place of arrays.
+      init: student parameters -> TrainState at step 0, its teacher a copy of the student; donates
+        the parameters.
       zeros: student parameters -> empty Accumulator.
       accumulate: (student, teacher, accumulator, DistillBatch) -> accumulator; donates the old one.
       apply: (state, accumulator) -> (state, metrics); donates the state.
       refresh: (student, teacher) -> teacher; writes into the teacher's own buffers.
     """
 
+    like: TrainState
     init: Callable[[Params], TrainState]
     zeros: Callable[[Params], Accumulator]
     accumulate: Callable[[Params, Params, Accumulator, DistillBatch], Accumulator]
@@ -110,7 +114,7 @@ def make_train_step(
     def init(student: Params) -> TrainState:
         return TrainState(
             student=student,
-            teacher=jax.lax.with_sharding_constraint(cast(student), shardings),
+            teacher=cast(student),
             optimizer=optimizer.init(student),
             step=jnp.int32(0),
         )
@@ -118,7 +122,7 @@ def make_train_step(
     def zeros(student: Params) -> Accumulator:
         gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), student)
         return Accumulator(
-            gradients=jax.lax.with_sharding_constraint(gradients, shardings),
+            gradients=gradients,
             sums=losses.zero_sums(),
             tokens=jnp.int32(0),
         )
@@ -176,13 +180,41 @@ def make_train_step(
         )
         return state, metrics
 
+    # Every output's sharding is stated: left to the compiler, fresh moments and gradients (zeros,
+    # which depend on nothing) would be whole on every device.
+    abstract = jax.eval_shape(init, qwen3.abstract_params(model))
+    whole: Any = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
+    placed = TrainState(
+        student=shardings,
+        teacher=shardings,
+        optimizer=optax.tree_map_params(
+            optimizer,
+            lambda _, sharding: sharding,
+            abstract.optimizer,
+            shardings,
+            transform_non_params=lambda _: whole,
+        ),
+        step=whole,
+    )
+    sums = jax.tree.map(lambda _: whole, jax.eval_shape(losses.zero_sums))
+    placed_accumulator = Accumulator(gradients=shardings, sums=sums, tokens=whole)
     return TrainStep(
-        init=jax.jit(init),
-        zeros=jax.jit(zeros),
-        accumulate=jax.jit(accumulate, donate_argnums=2),
-        apply=jax.jit(apply, donate_argnums=0),
+        like=jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract,
+            placed,
+        ),
+        init=jax.jit(init, donate_argnums=0, out_shardings=placed),
+        zeros=jax.jit(zeros, out_shardings=placed_accumulator),
+        accumulate=jax.jit(accumulate, donate_argnums=2, out_shardings=placed_accumulator),
+        apply=jax.jit(apply, donate_argnums=0, out_shardings=(placed, whole)),
         # keep_unused: a teacher dropped as unused would be donated to nobody, and not aliased.
-        refresh=jax.jit(lambda student, teacher: cast(student), donate_argnums=1, keep_unused=True),
+        refresh=jax.jit(
+            lambda student, teacher: cast(student),
+            donate_argnums=1,
+            keep_unused=True,
+            out_shardings=shardings,
+        ),
     )
 
 

@@ -190,6 +190,7 @@ def merge_sums(left: TokenSums, right: TokenSums) -> TokenSums:
 
 def _in_chunks(inputs: tuple[jax.Array, ...], chunk: int) -> tuple[jax.Array, ...]:
     """[N, ...] -> [chunks, C, ...], padded with zeros (the mask's padding is False)."""
+    chunk = min(chunk, inputs[0].shape[0])
 
     def split(leaf: jax.Array) -> jax.Array:
         missing = -leaf.shape[0] % chunk

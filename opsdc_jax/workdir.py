@@ -39,9 +39,10 @@ class Workdir:
           InputError: the folder cannot be written.
         """
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self._stored, self._config)  # first: it makes the folder ours
             for folder in (self.eval, self.samples, self.plots):
-                folder.mkdir(parents=True, exist_ok=True)
-            write_json(self._stored, self._config)
+                folder.mkdir(exist_ok=True)
         except OSError as error:
             raise InputError(
                 f"workdir {self.path} cannot be written ({error.strerror}): choose another"

@@ -88,8 +88,7 @@ class Progress:
         self.losses[step] = round(float(loss), 4)
         left = self.elapsed() / step * (self._steps - step)
         print(
-            f"step {step:>4}/{self._steps}  loss {self.losses[step]:.4f}  "
-            f"{seconds(left)} left",
+            f"step {step:>4}/{self._steps}  loss {self.losses[step]:.4f}  {seconds(left)} left",
             flush=True,
         )
 

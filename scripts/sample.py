@@ -31,13 +31,14 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     folder = hf.resolve_folder(args.model)
     config, tokenizer = hf.load_config(folder, args.dtype), hf.load_tokenizer(folder)
+    hf.check_vocabulary(tokenizer, config)
     template = args.template or ("tiny" if args.model == "tiny" else "plain")
     prompts = Prompts(
         tokenizer,
         template=template,
         instruction=args.instruction,
-        student_thinking=args.thinking,
-        teacher_thinking=args.thinking,
+        student_thinking=not args["no-thinking"].value,
+        teacher_thinking=not args["no-thinking"].value,
     )
     sides = {
         "plain": prompts.student(args.prompt),
@@ -75,7 +76,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_string("prompt", None, "the problem, without any wrapping", **define)
     flags.DEFINE_string("instruction", "v1", "v1, v2, percent20/50/80, or a sentence", **define)
     flags.DEFINE_enum("template", None, list(TEMPLATES), "wrapping of the problem", **define)
-    flags.DEFINE_bool("thinking", True, "Qwen3's thinking mode", **define)
+    flags.DEFINE_bool("no-thinking", False, "switch Qwen3's thinking mode off", **define)
     flags.DEFINE_integer("max_tokens", 160, "budget of a response", 1, **define)
     flags.DEFINE_float("temperature", 0.6, "0 is greedy", 0.0, **define)
     flags.DEFINE_float("top_p", 0.95, "in (0, 1]", 0.0, 1.0, **define)

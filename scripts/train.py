@@ -9,6 +9,8 @@ to change, before anything is compiled).
 """
 
 import dataclasses
+import math
+import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +38,7 @@ class Parts(NamedTuple):
     """Everything a run is made of, ready before the first compilation.
 
     Attributes:
-      params: the base model, float32, on the mesh.
+      folder: of the base model, its files checked, its weights not read yet.
       examples: the evaluation problems.
       sampler, eval_sampler: for training rollouts and for evaluation.
     """
@@ -44,7 +46,7 @@ class Parts(NamedTuple):
     mesh: Mesh
     model: Qwen3Config
     shardings: qwen3.Params
-    params: qwen3.Params
+    folder: pathlib.Path
     tokenizer: Any
     prompts: Prompts
     source: data.Source
@@ -68,9 +70,9 @@ def main(argv: Sequence[str]) -> int:
     path = args.workdir or f"runs/{cli.config_name(argv)}"
     workdir = Workdir(beside_finished(path) if args.new_if_finished else path, args.config)
     if not is_finished(workdir.path):
-        cli.use_compilation_cache()
         parts = prepare(args.config)
         workdir.create()
+        cli.use_compilation_cache()
         describe(args.config, parts, workdir)
         train(args.config, parts, workdir)
     summary = read_json(workdir.summary)
@@ -90,9 +92,12 @@ def prepare(settings: ConfigDict) -> Parts:
     folder = hf.resolve_folder(settings.model.path)
     model = hf.load_config(folder, settings.model.compute_dtype, settings.model.remat)
     tokenizer = hf.load_tokenizer(folder)
+    hf.check_vocabulary(tokenizer, model)
     mesh = sharding.make_mesh(settings.mesh)
     shardings = qwen3.shardings(model, mesh)
-    for key in ("train.micro_batch_size", "train.batch_size", "eval.batch_size"):
+    keys = ["train.micro_batch_size", "train.batch_size"]
+    keys += ["eval.batch_size"] if settings.eval.source != "none" else []
+    for key in keys:
         sharding.check_divides(mesh, key, config.get(settings, key))
     prompts = Prompts(tokenizer, **settings.prompts)
     source, examples = open_data(settings, prompts)
@@ -106,10 +111,10 @@ def prepare(settings: ConfigDict) -> Parts:
         rows=sharding.batch_sharding(mesh),
     )
     eval_sampler = dataclasses.replace(sampler, response_width=settings.eval.max_response_tokens)
-    check_budgets(prompts, examples, sampler, eval_sampler)
-    params = weights.load_params(folder, model, shardings=shardings)
+    check_budgets(prompts, [*examples, *source.train(1, 256)], sampler, eval_sampler)
+    weights.check_files(folder, model)
     return Parts(
-        mesh, model, shardings, params, tokenizer, prompts, source, examples, sampler, eval_sampler
+        mesh, model, shardings, folder, tokenizer, prompts, source, examples, sampler, eval_sampler
     )
 
 
@@ -139,7 +144,7 @@ def check_budgets(
 ) -> None:
     """Refuses budgets that cannot hold the prompts, or that the model was not made for."""
     sides = (prompts.student, prompts.teacher)
-    longest = max((len(side(example.problem)) for example in examples for side in sides), default=0)
+    longest = max(len(side(example.problem)) for example in examples for side in sides)
     prompt_limit = sampler.prompt_buckets[-1]
     if longest > prompt_limit:
         raise config.InputError(
@@ -158,7 +163,8 @@ def check_budgets(
 
 def describe(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
     """Prints what the run will do."""
-    size = sum(leaf.size for leaf in jax.tree.leaves(parts.params))
+    leaves = jax.tree.leaves(qwen3.abstract_params(parts.model))
+    size = sum(math.prod(leaf.shape) for leaf in leaves)
     axes = " ".join(f"{axis}={size}" for axis, size in parts.mesh.shape.items())
     teacher = (
         f"refreshed every {settings.teacher.every} steps" if settings.teacher.every else "frozen"
@@ -204,13 +210,20 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
     def evaluated(name: str, params: qwen3.Params, render: Callable[[str], list[int]]) -> None:
         evaluate_once(settings, parts, workdir, name, params, render)
 
-    state = jitted.init(parts.params)
+    def evaluate_if_due(step: int, params: qwen3.Params) -> None:
+        if due(step, settings.eval.every, last_step):
+            evaluated(student_name(step), params, parts.prompts.student)
+
     with checkpoint.Checkpointer(workdir.checkpoints, settings.checkpoint.keep) as checkpoints:
         first_step = checkpoints.latest_step() or 0
         if first_step:
-            state = checkpoints.restore(first_step, like=state)
+            state = checkpoints.restore(first_step, like=jitted.like)
             print(f"continuing after step {first_step}")
+            evaluate_if_due(first_step, state.student)  # if the run died before it was evaluated
         else:
+            state = jitted.init(
+                weights.load_params(parts.folder, parts.model, shardings=parts.shardings)
+            )
             evaluated("base", state.student, parts.prompts.student)
             evaluated("concise_prompt", state.student, parts.prompts.teacher)
 
@@ -242,6 +255,7 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
                         jax.device_put(micro_batch, rows),
                     )
                 state, metrics = jitted.apply(state, accumulator)
+                del accumulator  # a gradient's memory, through the next rollout
                 if distill.refresh_due(step, settings.teacher.every):
                     teacher = jitted.refresh(state.student, state.teacher)
                     state = dataclasses.replace(state, teacher=teacher)
@@ -250,14 +264,19 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
                 if due(step, settings.log.samples_every, last_step):
                     write_samples(workdir, step, examples, sampled, parts, settings.log.samples)
                 if due(step, settings.checkpoint.every_steps, last_step):
+                    progress.print_pending()  # a saved step must not miss in metrics.jsonl
                     checkpoints.save(state, step)
                 if due(step, settings.eval.every, last_step):
                     progress.print_pending()
-                    evaluated(f"student-{step:06d}", state.student, parts.prompts.student)
+                    evaluate_if_due(step, state.student)
                     progress.restart_clock()
-            progress.print_pending()
     print(compilations)
     finish(settings, workdir)
+
+
+def student_name(step: int) -> str:
+    """Name of the student's evaluation after a step."""
+    return f"student-{step:06d}"
 
 
 def due(step: int, every: int, last_step: int) -> bool:
@@ -326,11 +345,15 @@ def evaluate_once(
 def finish(settings: ConfigDict, workdir: Workdir) -> None:
     """Plots, and the summary whose presence marks the run as finished."""
     summaries = {path.stem: read_json(path)["summary"] for path in workdir.eval.glob("*.json")}
-    students = sorted(name for name in summaries if name.startswith("student-"))
-    curve = [(int(name.removeprefix("student-")), summaries[name]) for name in students]
-    if students:
+    students = {
+        step: summaries[student_name(step)]
+        for step in range(1, settings.train.steps + 1)
+        if student_name(step) in summaries
+    }
+    curve = list(students.items())
+    if summaries:
         curve.insert(0, (0, summaries["base"]))
-        summaries["student"] = summaries[students[-1]]
+        summaries["student"] = students[settings.train.steps]
     report.plot(
         workdir.plots,
         read_metrics(workdir.metrics),

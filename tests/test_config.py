@@ -50,6 +50,7 @@ def test_every_config_is_valid_and_adds_no_key(path):
         ("model.compute_dtype", "float16", "is not one of.*bfloat16"),
         ("train.micro_batch_size", 5, "32 is not a multiple of train.micro_batch_size=5"),
         ("seed", -1, "seed=-1"),
+        ("seed", 2**31, "must be below"),
     ],
 )
 def test_bad_values_are_refused_by_name(key, value, message):
@@ -82,6 +83,34 @@ def test_bad_command_lines_are_one_sentence(arguments, message):
     with pytest.raises(InputError, match=message) as caught:
         parse(*arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["config.train.stpes = 5"], "config.train.stpes: did you mean config.train.steps"),
+        (["del config.optim"], "config.optim.b1 is missing|config.optim.*missing"),
+        (["config.train.steps = 'many'"], "TypeError"),
+        (["import nothing_of_this_name"], "ModuleNotFoundError"),
+        (["1 / 0"], "ZeroDivisionError"),
+    ],
+)
+def test_bad_config_files_are_one_sentence(tmp_path, lines, message):
+    body = "\n    ".join(["config = default_config()", *lines, "return config"])
+    path = tmp_path / "mine.py"
+    path.write_text(
+        f"from opsdc_jax.config import default_config\n\n\ndef get_config():\n    {body}\n"
+    )
+    with pytest.raises(InputError, match=message) as caught:
+        validate(parse("--config", str(path)).config)
+    assert "\n" not in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_config_file_without_get_config_is_refused(tmp_path):
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(InputError, match="get_config"):
+        parse("--config", str(tmp_path / "empty.py"))
 
 
 @pytest.mark.parametrize("arguments", [["--config", TINY], [f"--config={TINY}"]])

@@ -118,6 +118,28 @@ def test_a_finished_run_prints_its_table_and_compiles_nothing(finished, capsys):
     assert counter.count == 0
 
 
+def test_a_run_killed_in_its_last_evaluation_is_evaluated_when_it_continues(
+    finished, tmp_path, monkeypatch
+):
+    class KilledError(Exception):
+        pass
+
+    def killed_at_the_end(settings, parts, workdir, name, *rest, call=train.evaluate_once):
+        if name == "student-000004":
+            raise KilledError
+        call(settings, parts, workdir, name, *rest)
+
+    workdir = tmp_path / "run"
+    monkeypatch.setattr(train, "evaluate_once", killed_at_the_end)
+    with pytest.raises(KilledError):
+        run(workdir)
+    monkeypatch.undo()
+    assert run(workdir) == cli.EXIT_DONE
+    summaries = [(path / "eval" / "summary.json").read_text() for path in (workdir, finished)]
+    assert summaries[0] == summaries[1]
+    assert len(read_metrics(workdir / "metrics.jsonl")) == 4
+
+
 @pytest.fixture
 def described(capsys, monkeypatch):
     """A function that runs up to the training and returns what was printed."""
@@ -185,6 +207,10 @@ def test_a_new_run_goes_beside_a_finished_one(finished, described):
         ),
         (["--config.teacher.every=-1"], "teacher.every=-1 must not be negative"),
         (["--config.sampler.max_prompt_tokens=9"], "max_prompt_tokens=9 cannot hold a prompt of"),
+        (
+            ["--config.sampler.max_prompt_tokens=9", "--config.eval.source=none"],
+            "max_prompt_tokens=9 cannot hold a prompt of",
+        ),
         (["--config.sampler.max_response_tokens=9999"], "exceeds the model's"),
         (["--config.train.micro_batch_size=3"], "is not a multiple of"),
         (["--config.prompts.instruction=v7"], "prompts.instruction='v7'"),

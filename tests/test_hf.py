@@ -440,12 +440,11 @@ def test_missing_folder(tmp_path):
 @pytest.mark.parametrize(
     ("listed", "expected"),
     [
-        ({"eos_token_id": 4}, (9, 4)),
         ({"eos_token_id": 9}, (9,)),
         ({"eos_token_id": [9, 4]}, (9, 4)),
         ({"eos_token_id": [4, 9, 3]}, (9, 4, 3)),
         ({"eos_token_id": None}, (9,)),
-        ({"eos_token_id": 0}, (9, 0)),
+        ({"eos_token_id": [0, 9]}, (9, 0)),
         ({}, (9,)),
         (None, (9,)),
     ],
@@ -456,6 +455,77 @@ def test_stop_token_ids(tmp_path, listed, expected):
         (tmp_path / "generation_config.json").write_text(json.dumps(listed))
     tokenizer = types.SimpleNamespace(eos_token_id=9)
     assert hf.stop_token_ids(tmp_path, tokenizer) == expected
+
+
+def test_files_that_disagree_on_the_end_are_refused(tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
+    tokenizer = types.SimpleNamespace(eos_token_id=9, eos_token="<end>")
+    with refused("ends responses at [1, 2], the tokenizer at 9 (<end>)"):
+        hf.stop_token_ids(tmp_path, tokenizer)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused():
+    tokenizer = build_tokenizer()
+    config = hf_reference.load("tied").config
+    with refused(f"has {len(tokenizer)} entries, the embedding {config.vocab_size} rows"):
+        hf.check_vocabulary(tokenizer, config)
+    hf.check_vocabulary(tokenizer, dataclasses.replace(config, vocab_size=len(tokenizer)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_key_value_heads": 0},
+        {"hidden_size": "40"},
+        {"num_hidden_layers": None},
+        {"head_dim": -8},
+    ],
+)
+def test_impossible_architectures_are_refused(folder, changes):
+    rewrite_config(folder, changes)
+    with refused(next(iter(changes))):
+        hf.load_config(folder)
+
+
+def test_duplicate_and_misplaced_tensors_are_named(folder):
+    shard(folder)
+    index = folder / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    first, second = sorted(set(listed["weight_map"].values()))
+    tensors = safetensors.numpy.load_file(folder / second)
+    moved = next(iter(safetensors.numpy.load_file(folder / first)))
+    tensors[moved] = safetensors.numpy.load_file(folder / first)[moved]
+    safetensors.numpy.save_file(tensors, folder / second)
+    with refused(f"duplicate tensor {moved} in {first} and {second}"):
+        load(folder)
+
+
+def test_an_index_that_leaves_the_folder_is_refused(folder):
+    shard(folder)
+    index = folder / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    name = next(iter(listed["weight_map"]))
+    listed["weight_map"][name] = "../elsewhere.safetensors"
+    index.write_text(json.dumps(listed))
+    with refused("outside the folder"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_files_come_back_bit_for_bit(tmp_path, name):
+    """File -> parameters -> file, in the dtype of the file, also in several shards."""
+    model = hf_reference.load(name)
+    options = {"eos_token_ids": [7], "pad_token_id": 5, "dtype": "bfloat16"}
+    hf.save_folder(tmp_path / "a", model.params, model.config, **options)
+    params = weights.load_params(tmp_path / "a", model.config, dtype="bfloat16")
+    hf.save_folder(tmp_path / "b", params, model.config, **options, shard_bytes=5000)
+    again = weights.load_params(tmp_path / "b", model.config, dtype="bfloat16")
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 1
+    for left, right in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
+        assert left.dtype == right.dtype == "bfloat16"
+        np.testing.assert_array_equal(
+            np.asarray(left).view(np.uint16), np.asarray(right).view(np.uint16)
+        )
 
 
 def test_stop_token_ids_of_a_saved_folder(tmp_path):

@@ -36,6 +36,7 @@ _PLAIN_FIELDS = (
     "tie_word_embeddings",
     "max_position_embeddings",
 )
+_FIELD_TYPES = {"rms_norm_eps": float, "tie_word_embeddings": bool}  # all others are counts
 _YARN_FIELDS = tuple(field.name for field in dataclasses.fields(Yarn))
 
 
@@ -91,6 +92,13 @@ def load_config(
         missing.append("rope_theta")
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}")
+    wrong = [
+        f"{name}={raw[name]!r}"
+        for name in _PLAIN_FIELDS
+        if not isinstance(raw[name], _FIELD_TYPES.get(name, int)) or raw[name] < 0
+    ]
+    if wrong or not raw["num_key_value_heads"]:
+        raise InputError(f"{path} holds {', '.join(wrong) or 'num_key_value_heads=0'}")
     heads, kv_heads = raw["num_attention_heads"], raw["num_key_value_heads"]
     if heads % kv_heads:
         raise InputError(f"{path}: num_key_value_heads={kv_heads} does not divide {heads} heads")
@@ -138,6 +146,15 @@ def _refuse_unsupported(
         raise InputError(f"{path}: " + "; ".join(problems))
 
 
+def check_vocabulary(tokenizer: Any, config: Qwen3Config) -> None:
+    """Refuses a tokenizer with more entries than the model has embedding rows."""
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} entries, the embedding {config.vocab_size} rows: "
+            "take both from the same model"
+        )
+
+
 def load_tokenizer(folder: str | pathlib.Path) -> Any:
     """The folder's fast tokenizer.
 
@@ -158,11 +175,21 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
 
 
 def stop_token_ids(folder: str | pathlib.Path, tokenizer: Any) -> tuple[int, ...]:
-    """Ids at which a response ends: the tokenizer's EOS and those of generation_config.json."""
+    """Ids at which a response ends: the tokenizer's EOS and those of generation_config.json.
+
+    Raises:
+      InputError: the folder's files disagree, so that one side would never see the other's end.
+    """
     path = pathlib.Path(folder) / "generation_config.json"
     listed = read_json(path).get("eos_token_id") if path.exists() else None
-    ids = [listed] if isinstance(listed, int) else list(listed or [])
-    return tuple(dict.fromkeys([int(tokenizer.eos_token_id), *ids]))
+    eos = int(tokenizer.eos_token_id)
+    ids = [eos] if listed is None else [listed] if isinstance(listed, int) else list(listed)
+    if eos not in ids:
+        raise InputError(
+            f"{path} ends responses at {ids}, the tokenizer at {eos} ({tokenizer.eos_token}): take "
+            "both from the same model"
+        )
+    return tuple(dict.fromkeys([eos, *ids]))
 
 
 def save_folder(

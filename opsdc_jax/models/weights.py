@@ -98,9 +98,7 @@ def load_params(
         of them is read; or damaged files.
     """
     folder = pathlib.Path(folder)
-    table = tensor_table(config)
-    files = _files(folder)
-    _check_tensors(folder, files, table, config)
+    table, files = tensor_table(config), check_files(folder, config)
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: device, qwen3.abstract_params(config))
@@ -225,10 +223,14 @@ def _files(folder: pathlib.Path) -> list[str]:
     raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}")
 
 
-def _check_tensors(
-    folder: pathlib.Path, files: list[str], table: dict[str, FileTensor], config: Qwen3Config
-) -> None:
-    """Compares the files' headers with the table; reads no weights."""
+def check_files(folder: pathlib.Path, config: Qwen3Config) -> list[str]:
+    """The names of a folder's safetensors files, their headers checked; reads no weights.
+
+    Raises:
+      InputError: missing, unexpected, duplicate or misshapen tensors (each is named), or damaged
+        files.
+    """
+    files, table = _files(folder), tensor_table(config)
     problems: list[str] = []
     seen: dict[str, str] = {}
     for file in files:
@@ -255,6 +257,7 @@ def _check_tensors(
     if problems:
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise InputError(f"{folder}: " + "; ".join(problems[:20]) + more)
+    return files
 
 
 def _tensors(folder: pathlib.Path, files: list[str]) -> Iterator[tuple[str, np.ndarray]]:
