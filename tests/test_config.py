@@ -1,6 +1,7 @@
 """Defaults, validation and the command line's overrides."""
 
 import importlib.util
+import sys
 
 import pytest
 from absl import flags
@@ -107,7 +108,9 @@ def test_bad_config_files_are_one_sentence(tmp_path, lines, message):
     assert "Traceback" not in str(caught.value)
 
 
-def test_a_config_file_without_get_config_is_refused(tmp_path):
+def test_a_config_file_without_get_config_is_refused(tmp_path, monkeypatch):
+    # Loading runs a file inside the module of the file before it, which had a get_config.
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(InputError, match="get_config"):
         parse("--config", str(tmp_path / "empty.py"))

@@ -47,8 +47,7 @@ def teacher():
     return random_params(SMALL, 1)
 
 
-@pytest.fixture(scope="module")
-def batch_inputs():
+def random_batch():
     """A rollout with lengths 1 to 16, and prompts of different lengths on the two sides."""
     rng = np.random.default_rng(0)
     lengths = np.array([16, 3, 1, 9], np.int32)
@@ -63,6 +62,11 @@ def batch_inputs():
         return [rng.integers(1, ENTRIES, rng.integers(low, high)).tolist() for _ in range(ROWS)]
 
     return rollout, prompts(2, 5), prompts(6, 10)
+
+
+@pytest.fixture(scope="module")
+def batch_inputs():
+    return random_batch()
 
 
 def accumulated(jitted, student, teacher, batches):
