@@ -53,8 +53,9 @@ def run(seed: str, workdir: pathlib.Path) -> dict[str, float]:
         process = subprocess.Popen(command, stdout=sys.stderr, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - began
-    if status:
-        raise RuntimeError(f"the demo with seed {seed} failed with wait status {status}")
+    code = os.waitstatus_to_exitcode(status)
+    if code:
+        raise RuntimeError(f"the demo with seed {seed} failed with exit code {code}")
     return {"seconds": round(seconds, 1), "peak_rss_gib": round(usage.ru_maxrss / 2**20, 2)}
 
 

@@ -54,6 +54,9 @@ def main(argv: Sequence[str]) -> int:
             raise InputError(f"{run} holds no finished checkpoint yet")
         student = checkpoints.restore_student(step, like)
     stop_ids = hf.stop_token_ids(base, tokenizer)
+    # The student is sampled as its base is: another temperature would be another comparison.
+    settings_file = base / "generation_config.json"
+    generation = read_json(settings_file) if settings_file.exists() else {}
     hf.save_folder(
         out,
         student,
@@ -61,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
         eos_token_ids=list(stop_ids),
         pad_token_id=tokenizer.pad_token_id,
         dtype=args.dtype,
+        generation=generation,
     )
     tokenizer.save_pretrained(out)
     print(f"wrote the student of step {step} to {out} ({args.dtype})")

@@ -457,6 +457,21 @@ def test_stop_token_ids(tmp_path, listed, expected):
     assert hf.stop_token_ids(tmp_path, tokenizer) == expected
 
 
+def test_generation_settings_are_kept(tmp_path):
+    model = hf_reference.load("tied")
+    given = {"temperature": 0.6, "top_k": 20, "eos_token_id": 1}
+    hf.save_folder(
+        tmp_path, model.params, model.config, eos_token_ids=[7, 3], pad_token_id=5, generation=given
+    )
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_k": 20,
+        "eos_token_id": [7, 3],
+        "pad_token_id": 5,
+    }
+
+
 def test_files_that_disagree_on_the_end_are_refused(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
     tokenizer = types.SimpleNamespace(eos_token_id=9, eos_token="<end>")

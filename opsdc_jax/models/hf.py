@@ -201,6 +201,7 @@ def save_folder(
     pad_token_id: int,
     dtype: str = "float32",
     shard_bytes: int = weights.SHARD_BYTES,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes config.json, generation_config.json and the safetensors files.
 
@@ -208,6 +209,7 @@ def save_folder(
       eos_token_ids: ids at which generation stops, the tokenizer's own EOS first.
       dtype: of the tensors in the files, "float32" or "bfloat16".
       shard_bytes: size at which the weights are cut into several files.
+      generation: further settings for generation_config.json, such as temperature and top_p.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -230,7 +232,12 @@ def save_folder(
     )
     write_json(
         folder / "generation_config.json",
-        {"do_sample": True, "eos_token_id": eos_token_ids, "pad_token_id": pad_token_id},
+        {
+            "do_sample": True,
+            **(generation or {}),
+            "eos_token_id": eos_token_ids,
+            "pad_token_id": pad_token_id,
+        },
     )
 
 
