@@ -210,16 +210,13 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
     def evaluated(name: str, params: qwen3.Params, render: Callable[[str], list[int]]) -> None:
         evaluate_once(settings, parts, workdir, name, params, render)
 
-    def evaluate_if_due(step: int, params: qwen3.Params) -> None:
-        if due(step, settings.eval.every, last_step):
-            evaluated(student_name(step), params, parts.prompts.student)
-
     with checkpoint.Checkpointer(workdir.checkpoints, settings.checkpoint.keep) as checkpoints:
         first_step = checkpoints.latest_step() or 0
         if first_step:
             state = checkpoints.restore(first_step, like=jitted.like)
             print(f"continuing after step {first_step}")
-            evaluate_if_due(first_step, state.student)  # if the run died before it was evaluated
+            if due(first_step, settings.eval.every, last_step):  # it may have died before that
+                evaluated(student_name(first_step), state.student, parts.prompts.student)
         else:
             state = jitted.init(
                 weights.load_params(parts.folder, parts.model, shardings=parts.shardings)
@@ -268,7 +265,7 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
                     checkpoints.save(state, step)
                 if due(step, settings.eval.every, last_step):
                     progress.print_pending()
-                    evaluate_if_due(step, state.student)
+                    evaluated(student_name(step), state.student, parts.prompts.student)
                     progress.restart_clock()
     print(compilations)
     finish(settings, workdir)

@@ -23,8 +23,7 @@ OPTIM = types.SimpleNamespace(
 )
 
 
-@pytest.fixture(scope="module")
-def jitted():
+def make_train_step(teacher_dtype):
     mesh = sharding.make_mesh({"replica": 1, "fsdp": -1, "tensor": 1})
     return distill.make_train_step(
         SMALL,
@@ -33,8 +32,13 @@ def jitted():
         chunk_tokens=16,
         vocab_size=ENTRIES,
         shardings=qwen3.shardings(SMALL, mesh),
-        teacher_dtype="float32",
+        teacher_dtype=teacher_dtype,
     )
+
+
+@pytest.fixture(scope="module")
+def jitted():
+    return make_train_step(teacher_dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -215,16 +219,7 @@ def test_refresh_copies_into_the_teachers_own_buffers(jitted, student, teacher):
 
 
 def test_refresh_casts_to_the_teachers_dtype(student):
-    mesh = sharding.make_mesh({"replica": 1, "fsdp": -1, "tensor": 1})
-    jitted = distill.make_train_step(
-        SMALL,
-        distill.make_optimizer(OPTIM),
-        divergence="reverse_kl",
-        chunk_tokens=16,
-        vocab_size=ENTRIES,
-        shardings=qwen3.shardings(SMALL, mesh),
-        teacher_dtype="bfloat16",
-    )
+    jitted = make_train_step(teacher_dtype="bfloat16")
     state = jitted.init(copy(student))
     teacher = jitted.refresh(state.student, state.teacher)
     for tree in (state.teacher, teacher):
