@@ -3,31 +3,38 @@
     python scripts/sample.py --model tiny --prompt "start 33 + 9 - 2 * 3"
     python scripts/sample.py --model Qwen/Qwen3-0.6B --prompt "What is 17 * 23?" --template dapo
 
-The text streams as it is sampled: first the response to the plain prompt, then the response under
-the conciseness instruction.
+Both responses stream side by side as they are sampled: to the plain prompt on the left, under the
+conciseness instruction on the right. Where the output is no terminal, they are printed once they
+are complete.
 
 Exit codes: 0 done; 1 an unexpected error (with a traceback); 2 bad input.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from absl import flags
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from opsdc_jax import cli, sharding
 from opsdc_jax.config import DTYPES, InputError
 from opsdc_jax.models import hf, qwen3, weights
-from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.prompts import TEMPLATES, Prompts
+from opsdc_jax.rollout import Rollout
 from opsdc_jax.sampler import EVAL_STREAM, Sampler, SamplingParams, sequence_keys
 
-SEGMENT = 16  # tokens between two looks at the response
+SEGMENT = 16  # tokens between two looks at the responses
+MAX_TOKENS = 4096  # budget of a response where none is given and the model has the positions
 
 
 def main(argv: Sequence[str]) -> int:
-    """Loads the model, streams both responses, prints the counts."""
+    """Loads the model, shows both responses while they grow, and their lengths."""
     args = parse(argv)
     folder = hf.resolve_folder(args.model)
     config, tokenizer = hf.load_config(folder, args.dtype), hf.load_tokenizer(folder)
@@ -40,15 +47,22 @@ def main(argv: Sequence[str]) -> int:
         student_thinking=not args["no-thinking"].value,
         teacher_thinking=not args["no-thinking"].value,
     )
+    refused = prompts.rejection(args.prompt, config.max_position_embeddings - 1)
+    if refused:
+        raise InputError(f"--prompt cannot be used: {refused}")
     sides = {
         "plain": prompts.student(args.prompt),
         f"concise ({args.instruction})": prompts.teacher(args.prompt),
     }
+    longest = max(map(len, sides.values()))
+    room = config.max_position_embeddings - longest
+    if args.max_tokens > room:
+        raise InputError(f"--max_tokens={args.max_tokens} exceeds the {room} positions left")
     mesh = sharding.make_mesh({"replica": 1, "fsdp": 1, "tensor": -1})
     sampler = Sampler(
         model=config,
-        prompt_buckets=(max(map(len, sides.values())),),
-        response_width=args.max_tokens,
+        prompt_buckets=(longest,),
+        response_width=args.max_tokens or min(MAX_TOKENS, room),
         vocab_size=len(tokenizer),
         stop_ids=hf.stop_token_ids(folder, tokenizer),
         pad_id=tokenizer.pad_token_id,
@@ -58,13 +72,16 @@ def main(argv: Sequence[str]) -> int:
     params = weights.load_params(
         folder, config, shardings=qwen3.shardings(config, mesh), dtype=args.dtype
     )
-    sampling = SamplingParams(args.temperature, args.top_p, args.top_k)
-    counts = {}
-    for name, prompt in sides.items():
-        print(f"--- {name}: prompt of {len(prompt)} tokens")
-        counts[name] = print_stream(sampler, params, tokenizer, prompt, sampling, args.seed)
-    for name, (tokens, stopped) in counts.items():
-        print(f"{name:>16}: {tokens} tokens{'' if stopped else ', cut by the budget'}")
+    keys = sequence_keys(args.seed, EVAL_STREAM, 0, np.zeros(len(sides), int))
+    rollouts = sampler.stream(
+        params,
+        list(sides.values()),
+        keys,
+        SamplingParams(args.temperature, args.top_p, args.top_k),
+        SEGMENT,
+    )
+    headings = [f"{name}: prompt of {len(prompt)} tokens" for name, prompt in sides.items()]
+    show(Console(), headings, tokenizer, rollouts)
     return cli.EXIT_DONE
 
 
@@ -77,7 +94,13 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_string("instruction", "v1", "v1, v2, percent20/50/80, or a sentence", **define)
     flags.DEFINE_enum("template", None, list(TEMPLATES), "wrapping of the problem", **define)
     flags.DEFINE_bool("no-thinking", False, "switch Qwen3's thinking mode off", **define)
-    flags.DEFINE_integer("max_tokens", 160, "budget of a response", 1, **define)
+    flags.DEFINE_integer(
+        "max_tokens",
+        0,
+        f"budget of a response; 0: {MAX_TOKENS}, if the model has them",
+        0,
+        **define,
+    )
     flags.DEFINE_float("temperature", 0.6, "0 is greedy", 0.0, **define)
     flags.DEFINE_float("top_p", 0.95, "in (0, 1]", 0.0, 1.0, **define)
     flags.DEFINE_integer("top_k", 20, "0 keeps all", 0, **define)
@@ -90,27 +113,44 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     return args
 
 
-def print_stream(
-    sampler: Sampler,
-    params: Params,
-    tokenizer: Any,
-    prompt: list[int],
-    sampling: SamplingParams,
-    seed: int,
-) -> tuple[int, bool]:
-    """Prints a response while it grows; returns its tokens and whether it stopped by itself."""
-    keys = sequence_keys(seed, EVAL_STREAM, 0, np.arange(1))
-    printed, rollout = "", None
-    for rollout in sampler.stream(params, [prompt], keys, sampling, SEGMENT):
-        text = tokenizer.decode(rollout.tokens_BxR[0, : rollout.lengths_B[0]])
-        # A character may end in the next segment: until then it decodes to a replacement mark.
-        ready = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        if ready.startswith(printed):
-            print(ready[len(printed) :], end="", flush=True)
-            printed = ready
-    print()
-    assert rollout is not None
-    return int(rollout.lengths_B[0]), bool(rollout.stopped_B[0])
+def show(
+    console: Console, headings: Sequence[str], tokenizer: Any, rollouts: Iterable[Rollout]
+) -> None:
+    """Shows the rows of a growing rollout in columns; at the end once more, whole.
+
+    Args:
+      headings: one for each row.
+    """
+    texts: list[str] = []
+    captions: list[str] = []
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        for rollout in rollouts:
+            rows = zip(rollout.tokens_BxR, rollout.lengths_B, strict=True)
+            texts = [tokenizer.decode(row[:length]) for row, length in rows]
+            captions = [
+                f"{length} tokens{'' if stopped else ', cut by the budget'}"
+                for length, stopped in zip(rollout.lengths_B, rollout.stopped_B, strict=True)
+            ]
+            if console.is_terminal:
+                live.update(columns(headings, newest(texts, console)), refresh=True)
+    console.print(columns(headings, [Text(text) for text in texts], captions))
+
+
+def columns(headings: Sequence[str], texts: Sequence[Text], captions: Sequence[str] = ()) -> Table:
+    """Texts side by side, each under its heading and above its caption."""
+    table = Table(box=box.SIMPLE_HEAD, expand=True, show_footer=bool(captions))
+    for index, heading in enumerate(headings):
+        table.add_column(
+            Text(heading), Text(captions[index] if captions else ""), ratio=1, overflow="fold"
+        )
+    table.add_row(*texts)
+    return table
+
+
+def newest(texts: Sequence[str], console: Console) -> list[Text]:
+    """The last lines of each text, as many as a terminal shows: a live display cannot scroll."""
+    width, height = console.width // len(texts) - 4, max(console.height - 5, 1)
+    return [Text("\n").join(Text(text).wrap(console, width)[-height:]) for text in texts]
 
 
 if __name__ == "__main__":

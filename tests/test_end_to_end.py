@@ -286,13 +286,3 @@ def test_bad_exports_are_refused(arguments, message, tmp_path, monkeypatch, caps
     assert cli.run(load_script("export").main, ["export.py", *arguments]) == cli.EXIT_BAD_INPUT
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
-
-
-def test_sample_streams_both_modes(capsys):
-    arguments = ["--model", "tiny", "--prompt", "start 33 + 9 - 2", "--max_tokens", "40"]
-    assert cli.run(load_script("sample").main, ["sample.py", *arguments]) == cli.EXIT_DONE
-    printed = capsys.readouterr().out
-    assert printed.count("<think>") == 2
-    assert "--- plain: prompt of 11 tokens" in printed
-    assert "--- concise (v1): prompt of 21 tokens" in printed
-    assert printed.count(" tokens") >= 4
