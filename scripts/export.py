@@ -7,9 +7,11 @@ transformers and vLLM load the folder as they load any Qwen3.
 Exit codes: 0 done; 1 an unexpected error (with a traceback); 2 bad input.
 """
 
+import contextlib
 import pathlib
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 
 import jax
 from absl import flags
@@ -52,23 +54,42 @@ def main(argv: Sequence[str]) -> int:
         step = checkpoints.latest_step()
         if step is None:
             raise InputError(f"{run} holds no finished checkpoint yet")
-        student = checkpoints.restore_student(step, like)
-    stop_ids = hf.stop_token_ids(base, tokenizer)
-    # The student is sampled as its base is: another temperature would be another comparison.
-    settings_file = base / "generation_config.json"
-    generation = read_json(settings_file) if settings_file.exists() else {}
-    hf.save_folder(
-        out,
-        student,
-        model,
-        eos_token_ids=list(stop_ids),
-        pad_token_id=tokenizer.pad_token_id,
-        dtype=args.dtype,
-        generation=generation,
-    )
-    tokenizer.save_pretrained(out)
+        with whole_or_not_at_all(out) as folder:
+            hf.save_folder(
+                folder,
+                checkpoints.restore_student(step, like),
+                model,
+                eos_token_ids=list(hf.stop_token_ids(base, tokenizer)),
+                pad_token_id=tokenizer.pad_token_id,
+                dtype=args.dtype,
+                # The student is sampled as its base is: another temperature would be another
+                # comparison.
+                generation=hf.generation_settings(base),
+            )
+            tokenizer.save_pretrained(folder)
     print(f"wrote the student of step {step} to {out} ({args.dtype})")
     return cli.EXIT_DONE
+
+
+@contextlib.contextmanager
+def whole_or_not_at_all(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to fill, which becomes `out` in the end: what is called `out` is a whole model.
+
+    Raises:
+      InputError: the place cannot be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent)
+    except OSError as error:
+        raise InputError(
+            f"--out={out} cannot be written ({error.strerror}): choose another"
+        ) from None
+    with scratch:
+        folder = pathlib.Path(scratch.name) / "model"
+        folder.mkdir()
+        yield folder
+        folder.replace(out)
 
 
 if __name__ == "__main__":

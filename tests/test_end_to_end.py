@@ -1,5 +1,6 @@
 """scripts/train.py as a user runs it, in miniature: artefacts, resume, bad input."""
 
+import errno
 import json
 
 import jax
@@ -271,6 +272,22 @@ def test_the_exported_student_is_an_ordinary_folder(finished, tmp_path, capsys):
     assert tokenizers[0].chat_template == tokenizers[1].chat_template
     assert cli.run(export.main, arguments) == cli.EXIT_BAD_INPUT
     assert "exists already" in capsys.readouterr().err
+
+
+def test_an_export_that_fails_leaves_nothing(finished, tmp_path, monkeypatch, capsys):
+    export = load_script("export")
+    (tmp_path / "file").write_text("")
+    arguments = ["export.py", "--checkpoint", str(finished), "--out"]
+    assert cli.run(export.main, [*arguments, str(tmp_path / "file" / "x")]) == cli.EXIT_BAD_INPUT
+    assert "cannot be written" in capsys.readouterr().err
+
+    def no_space(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(weights.safetensors.numpy, "save_file", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        cli.run(export.main, [*arguments, str(tmp_path / "student")])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(

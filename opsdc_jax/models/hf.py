@@ -37,6 +37,7 @@ _PLAIN_FIELDS = (
     "max_position_embeddings",
 )
 _FIELD_TYPES = {"rms_norm_eps": float, "tie_word_embeddings": bool}  # all others are counts
+_GENERATION = "generation_config.json"
 _YARN_FIELDS = tuple(field.name for field in dataclasses.fields(Yarn))
 
 
@@ -174,14 +175,24 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
     return tokenizer
 
 
+def generation_settings(folder: str | pathlib.Path) -> dict[str, Any]:
+    """What the folder's generation_config.json holds; nothing if there is none.
+
+    Raises:
+      InputError: it is damaged.
+    """
+    path = pathlib.Path(folder) / _GENERATION
+    return read_json(path) if path.exists() else {}
+
+
 def stop_token_ids(folder: str | pathlib.Path, tokenizer: Any) -> tuple[int, ...]:
     """Ids at which a response ends: the tokenizer's EOS and those of generation_config.json.
 
     Raises:
       InputError: the folder's files disagree, so that one side would never see the other's end.
     """
-    path = pathlib.Path(folder) / "generation_config.json"
-    listed = read_json(path).get("eos_token_id") if path.exists() else None
+    path = pathlib.Path(folder) / _GENERATION
+    listed = generation_settings(folder).get("eos_token_id")
     eos = int(tokenizer.eos_token_id)
     ids = [eos] if listed is None else [listed] if isinstance(listed, int) else list(listed)
     if eos not in ids:
@@ -231,7 +242,7 @@ def save_folder(
         },
     )
     write_json(
-        folder / "generation_config.json",
+        folder / _GENERATION,
         {
             "do_sample": True,
             **(generation or {}),
