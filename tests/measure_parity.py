@@ -13,6 +13,7 @@ from helpers import relative_error
 from test_losses import MASK, brute_force, chunked
 from test_qwen3 import all_logits, relative_gap
 from test_sampler import NEW_TOKENS, PAD_ID, PROMPT_WIDTH, sample, trainers_logprobs
+from test_vocabulary import ENTRIES, sampled_ids
 
 from opsdc_jax import rollout
 from opsdc_jax.config import DIVERGENCE_NAMES
@@ -59,6 +60,9 @@ def main() -> None:
             "gradient_relative": relative_error(gradients, expected_gradients),
         }
         print(json.dumps({"measured": name} | figures))
+    ids = sampled_ids(100_000)
+    beyond = int((ids >= ENTRIES).sum())
+    print(json.dumps({"measured": "vocabulary", "samples": len(ids), "beyond_tokenizer": beyond}))
 
 
 if __name__ == "__main__":
