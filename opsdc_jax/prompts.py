@@ -116,9 +116,9 @@ class Prompts:
       allow_different_thinking: accept prompts that end differently on the two sides.
 
     Raises:
-      InputError: unknown template or instruction; a chat template without generation prompt; or
-        sides that differ after the user's message, so that their first response tokens would not
-        mean the same.
+      InputError: unknown template or instruction; a chat template without generation prompt, or
+        without the thinking mode that is to be switched off; or sides that differ after the user's
+        message, so that their first response tokens would not mean the same.
     """
 
     def __init__(
@@ -187,11 +187,16 @@ class Prompts:
     def _check_endings(self, allow_different_thinking: bool) -> None:
         probe = "probe"
         endings = []
-        for message, thinking in (
-            (self._student_message(probe), self._student_thinking),
-            (self._teacher_message(probe), self._teacher_thinking),
+        for side, message, thinking in (
+            ("student", self._student_message(probe), self._student_thinking),
+            ("teacher", self._teacher_message(probe), self._teacher_thinking),
         ):
             text = self._render(message, thinking)
+            if not thinking and text == self._render(message, thinking=True):
+                raise InputError(
+                    f"prompts.{side}_thinking=False has no effect: this model's chat template has "
+                    "one mode only, so leave it at True"
+                )
             if text == self._render(message, thinking, generation_prompt=False):
                 raise InputError(
                     "the chat template ignores add_generation_prompt: use a chat model's template"

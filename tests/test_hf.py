@@ -428,6 +428,17 @@ def test_every_spelling_of_default_rope(folder, changes):
     assert hf.load_config(folder) == hf_reference.load("untied").config
 
 
+def test_a_2507_variant_is_read(folder):
+    """Qwen3-*-2507: a longer context and another base of the rotary angles, nothing else."""
+    rewrite_config(
+        folder, {"rope_theta": 5_000_000, "rope_scaling": None, "max_position_embeddings": 262_144}
+    )
+    config = hf.load_config(folder)
+    assert config.rope_theta == 5e6
+    assert config.max_position_embeddings == 262_144
+    assert config.yarn is None
+
+
 def test_missing_folder(tmp_path):
     with refused("nowhere"):
         hf.resolve_folder(str(tmp_path / "nowhere"))
@@ -524,6 +535,21 @@ def test_an_index_that_leaves_the_folder_is_refused(folder):
     index.write_text(json.dumps(listed))
     with refused("outside the folder"):
         load(folder)
+
+
+def test_float16_files_are_read_exactly(folder):
+    half = {}
+
+    def to_half(tensors):
+        half.update({name: value.astype(np.float16) for name, value in tensors.items()})
+        tensors.update(half)
+
+    rewrite_tensors(folder, to_half)
+    params = load(folder)
+    expected = np.float32(half[EMBEDDING])
+    assert params["embedding"].dtype == np.float32
+    np.testing.assert_array_equal(params["embedding"], expected)
+    np.testing.assert_array_equal(params["layers"]["mlp"]["up"][1], np.float32(half[MLP_NAME]).T)
 
 
 @pytest.mark.parametrize("name", NAMES)

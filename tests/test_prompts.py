@@ -136,3 +136,26 @@ def test_unusable_chat_templates_are_refused(chat_template, message):
     tokenizer.chat_template = chat_template
     with pytest.raises(InputError, match=message):
         Prompts(tokenizer, template="tiny", instruction="v1")
+
+
+@pytest.mark.parametrize("opening", ["", "<think>\n"], ids=["never thinks", "always thinks"])
+def test_a_template_with_one_mode(opening):
+    """As those of Qwen3's Instruct-2507 and Thinking-2507: there is nothing to switch off."""
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = (
+        "<|im_start|>{{ messages[0].role }} {{ messages[0].content }}<|im_end|>"
+        f"{{% if add_generation_prompt %}}<|im_start|>assistant\n{opening}{{% endif %}}"
+    )
+    prompts = Prompts(tokenizer, template="tiny", instruction="v1")
+    ending = tokenizer(f"<|im_start|> assistant {opening}")["input_ids"]
+    for side in (prompts.student, prompts.teacher):
+        assert side(PROBLEM)[-len(ending) :] == ending
+    for name in ("student", "teacher"):
+        with pytest.raises(InputError, match=f"prompts.{name}_thinking=False has no effect"):
+            Prompts(
+                tokenizer,
+                template="tiny",
+                instruction="v1",
+                allow_different_thinking=True,
+                **{f"{name}_thinking": False},
+            )
