@@ -62,7 +62,7 @@ def answer_all(
             example, length = examples[index], int(rollout.lengths_B[row])
             stopped = bool(rollout.stopped_B[row])
             text = tokenizer.decode(rollout.tokens_BxR[row, : length - stopped])
-            correct = grading.is_correct(text, example.answer, truncated=not stopped)
+            correct = grading.grade(text, example.answer, not stopped)["committed"]
             answers.append(
                 Answer(
                     problem=example.problem,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opsdc_jax.grading import committed_answer, is_correct
+from opsdc_jax.grading import committed_answer, grade
 
 
 @pytest.mark.parametrize(
@@ -23,9 +23,9 @@ def test_committed_answer(response, expected):
     assert committed_answer(response) == expected
 
 
-def test_only_the_exact_answer_of_a_finished_response_is_correct():
+def test_only_the_right_answer_of_a_finished_response_is_correct():
     response = "<think> </think> Answer : 42"
-    assert is_correct(response, "42")
-    assert not is_correct(response, "4")
-    assert not is_correct(response, "42", truncated=True)
-    assert not is_correct("<think> </think> 42", "42")
+    assert grade(response, "42")["committed"]
+    assert not grade(response, "4")["committed"]
+    assert not grade(response, "42", truncated=True)["committed"]
+    assert not grade("<think> </think> 42", "42")["committed"]
