@@ -26,7 +26,7 @@ _RULES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\\\$|[$£€]", ""),
-        (r"\\[()\[\]]", " "),
+        (r"(?<!\\)\\[()\[\]]", " "),
         (r",\s*\\!\s*", ","),  # 10,\!080
         (r"\{\s*,\s*\}", ","),  # 10{,}080
         (r"\\!|\\(?:displaystyle|textstyle|limits|left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
@@ -34,7 +34,7 @@ _RULES = tuple(
         (r"\\rbrace(?![A-Za-z])", r"\\}"),
         (r"\\[lr]brack(?![A-Za-z])", ""),
         (r"\\l?vert(?![A-Za-z])|\\rvert(?![A-Za-z])", "|"),
-        (r"\\[,;:> ]|\\q?quad(?![A-Za-z])|~|[\s\u200b\ufeff]+", " "),
+        (r"(?<!\\)\\[,;:> ]|\\q?quad(?![A-Za-z])|~|[\s\u200b\ufeff]+", " "),
         (r"\\(?:d|t|c)frac(?![A-Za-z])", r"\\frac"),
         (r"\\(?:text|mbox|hbox|math)(?:normal|rm|bf|it|sf|tt)?\s*\{([^{}]*)\}", r" \1 "),
         (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"),
@@ -43,6 +43,7 @@ _RULES = tuple(
         (r"\\frac\s*", r"\\frac"),
         (r"\^\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?|\\degree(?![A-Za-z])", " degrees "),
         (r"\\%", "%"),
+        (r"(?<=[\w)}])\*\*(?=[\w({])", "^"),
         (r"\\(?:leq|leqslant)(?![A-Za-z])|<=", r"\\le "),
         (r"\\(?:geq|geqslant)(?![A-Za-z])|>=", r"\\ge "),
         (r"\\lt(?![A-Za-z])", "<"),
@@ -59,7 +60,7 @@ _RULES = tuple(
         (r"\s+", " "),
     )
 )
-_EDGES = " \t\n*_`\"'.,;:!"
+_EDGES = " \t\n*_`\"'.,;:"
 _EXPLANATION = re.compile(r"[,;.]?\s*\b(?:because|since|where)\b.*", re.IGNORECASE | re.DOTALL)
 
 

@@ -22,8 +22,9 @@ _LETTER_FIRST = re.compile(r"\(?\s*([A-Ja-j])\s*(?:\)\s*|[.:]\s+|\s-\s|$)(.*)", 
 _OPTION = re.compile(
     r"(?:(?:the|correct|final|right|best|answer|option|choice|is)\b[\s:]*)+", re.IGNORECASE
 )
-_BASED = re.compile(r"\(?\s*([0-9A-Za-z]+)\s*\)?\s*_\s*\{?\s*(\d+)\s*\}?")
+_BASED = re.compile(r"\(?\s*([0-9][0-9A-Za-z]*)\s*\)?\s*_\s*\{?\s*(\d+)\s*\}?")
 _ARTICLE = re.compile(r"(?:(?:the|a|an|it is|it's)\s+)+", re.IGNORECASE)
+_IDLE_SPACE = re.compile(r"\s+(?![A-Za-z0-9])|(?<![A-Za-z0-9])\s+")
 _ONLY_WORDS = re.compile(r"[A-Za-z][A-Za-z\s.'’-]*")
 
 
@@ -62,8 +63,8 @@ class _Comparison(NamedTuple):
         if letter := _LETTER.fullmatch(gold):
             return _chosen_letter(answer) == letter[1]
         answer, gold = without_lead(answer), without_lead(gold)
-        if (based := _BASED.fullmatch(gold)) and based[1][0].isdigit():
-            return _based_digits(answer, based[2]) == based[1].upper().lstrip("0")
+        if _BASED.fullmatch(gold) or _BASED.fullmatch(answer):
+            return _same_based(answer, gold)
         a, g = parts(answer), parts(gold)
         if a.kind == "one" and g.kind == "one":
             return self._same_single(a.items[0], g.items[0])
@@ -80,7 +81,7 @@ class _Comparison(NamedTuple):
             )
         if a.kind == g.kind == "union":
             return self._same_unordered(a.items, g.items)
-        if {a.kind, g.kind} <= {"tuple", "list", "column"}:
+        if g.kind in ("tuple", "column") and a.kind in ("tuple", "column", "list"):
             brackets = {side.brackets for side in (a, g) if side.kind == "tuple"}
             if len(brackets) > 1 and len(g.items) == 2:
                 return False  # open and closed ends of intervals
@@ -106,10 +107,11 @@ class _Comparison(NamedTuple):
             return False
         if a.unit and g.unit and a.unit != g.unit:
             return False
-        if _squeezed(a.core) == _squeezed(g.core):
             return (bool(g.core) and a.percent <= g.percent) or a.percent != g.percent
         if a.number and g.number:
             return _same_number(a, g)
+        if _squeezed(a.core) == _squeezed(g.core):
+            return bool(g.core)
         for decimal, other in ((a, g), (g, a)):
             if decimal.number and decimal.number.places is not None:
                 return self._is_decimal_of(decimal.number, other.core)
@@ -124,16 +126,15 @@ class _Comparison(NamedTuple):
 
 
 def _same_number(a: Quantity, g: Quantity) -> bool:
-    """Equal values; a percent sign may stand on one side only ("50%" is 0.5, and answers 50)."""
+    """Equal values. A percent sign may stand on one side only: 50% is 0.5, and answers 50."""
     assert a.number is not None
     assert g.number is not None
-    if _same_value(a.number, g.number):
-        return True
     if a.percent == g.percent:
-        return False
-    scaled = a.number if a.percent else g.number
-    other = g.number if a.percent else a.number
-    return scaled.value / 100 == other.value
+        return _same_value(a.number, g.number)
+    percent, other = (a.number, g.number) if a.percent else (g.number, a.number)
+    if percent.value / 100 == other.value:
+        return True
+    return percent.value == other.value and abs(other.value) >= 1
 
 
 def _same_value(a: Number, g: Number) -> bool:
@@ -161,7 +162,8 @@ def _has_finite_decimal(value: Fraction) -> bool:
 
 
 def _squeezed(text: str) -> str:
-    return re.sub(r"\s+", "", text)
+    """Without the spaces that part nothing: "4 3" is not "43"."""
+    return _IDLE_SPACE.sub("", text)
 
 
 def _chosen_letter(answer: str) -> str | None:
@@ -172,12 +174,19 @@ def _chosen_letter(answer: str) -> str | None:
     return match[1].upper()
 
 
-def _based_digits(answer: str, base: str) -> str | None:
-    """The digits of an answer in the gold's base; the answer need not repeat the base."""
-    match = _BASED.fullmatch(answer)
-    if match:
-        return match[1].upper().lstrip("0") if match[2] == base else None
-    return answer.upper().lstrip("0") if re.fullmatch(r"[0-9A-Za-z]+", answer) else None
+def _same_based(answer: str, gold: str) -> bool:
+    """Equal digits in the gold's base ("52_8"), which the answer need not repeat.
+
+    The value in another base is not what was asked for.
+    """
+    (digits, base), (gold_digits, gold_base) = _based(answer), _based(gold)
+    return digits == gold_digits and base in (gold_base, None if gold_base else "10")
+
+
+def _based(text: str) -> tuple[str, str | None]:
+    match = _BASED.fullmatch(text)
+    digits, base = match.groups() if match else (text.strip("() "), None)
+    return digits.lstrip("0").upper(), base
 
 
 def _is_text(text: str) -> bool:

@@ -10,7 +10,9 @@ _OPEN, _CLOSE = "<think>", "</think>"
 
 # "Answer:", "Final answer :", "**Answer**:", "\\textbf{Answer:}"; what follows, at least one
 # visible character, stands on the same line or on the next that is not empty.
-_ANSWER_LINE = re.compile(r"(?<![A-Za-z])answer[*_}]{0,4}\s*[:：]\s*(\S[^\n]*)", re.IGNORECASE)
+_ANSWER_LINE = re.compile(
+    r"(?<![A-Za-z])answer[*_}]{0,4}\s*[:：][*_}\"']{0,4}\s*(\S[^\n]*)", re.IGNORECASE
+)
 _DISPLAY = {"\\[": "\\]", "$$": "$$"}  # an answer that starts so ends where the display ends
 _NOTHING = frozenset(" \t*_`\"'.,:;!$\\[](){}“”’")  # an "answer" of only these is none
 
@@ -61,10 +63,11 @@ def extract(response: str) -> Answers:
     """All answers of a response; see `Answers`."""
     text = after_thought(response)
     line, boxes = _last_answer_line(text), _boxes(text)
-    if text == response:
+    whole = response.replace(_CLOSE, "\n").replace(_OPEN, "\n")  # no answer spans a tag
+    if whole == text:
         any_line, any_boxes = line, boxes
     else:
-        any_line, any_boxes = _last_answer_line(response), _boxes(response)
+        any_line, any_boxes = _last_answer_line(whole), _boxes(whole)
     return Answers(
         answer_line=line.text if line else None,
         boxed=boxes[-1].text if boxes else None,
@@ -112,7 +115,7 @@ def _boxes(text: str) -> list[_Span]:
     """The closed boxes that hold something and stand in no other closed box, in order."""
     if "\\boxed" not in text and "\\fbox" not in text:
         return []
-    found: list[_Span] = []
+    found: list[tuple[int, int, int]] = []  # start, start and end of the content
     opened: list[tuple[int, int, bool]] = []  # start, start of the content, is a box
     for match in _BRACES.finditer(text):
         token = match[0]
@@ -120,12 +123,12 @@ def _boxes(text: str) -> list[_Span]:
             opened.append((match.start(), match.end(), token != "{"))
         elif token == "}" and opened:
             start, inside, is_box = opened.pop()
-            content = text[inside : match.start()].strip()
-            if is_box and content:
-                while found and found[-1].start > start:
+            if is_box:
+                while found and found[-1][0] > start:
                     found.pop()
-                found.append(_Span(start, match.end(), content))
-    return found
+                found.append((start, inside, match.start()))
+    spans = [_Span(start, end + 1, text[inside:end].strip()) for start, inside, end in found]
+    return [span for span in spans if span.text]
 
 
 def _committed(text: str, line: _Span | None, boxes: list[_Span]) -> str | None:

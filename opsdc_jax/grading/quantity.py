@@ -79,14 +79,21 @@ _RESERVED = frozenset(
     least most over under above below through but all any to mod modulo base if for when else
     infinitely does undefined""".split()  # noqa: SIM905
 )
-_WORD = r"(?<![\\A-Za-z_^])[A-Za-z][A-Za-z'-]*[A-Za-z](?![A-Za-z(_^{])"
-_LEAD = re.compile(rf"(?:{_WORD}[\s,:]*)+(?=.)")
+_WORD = r"(?<![\\A-Za-z_^])[A-Za-z][A-Za-z'-]+(?![A-Za-z(_])"
+# Leading words: before a number, a formula or a bracket, and not mere letters to be multiplied.
+_LEAD = re.compile(
+    rf"(?:{_WORD}[\s:]*)*(?:is|are|be|of|at|has|have|was|[A-Za-z'-]{{3,}})[\s:]+"
+    r"(?=[-\d\\(\[{.]|[A-Za-z](?![A-Za-z]))"
+)
 _POWER = r"(?:\s*\^\s*\{?\s*[23]\s*\}?)?"
-# After a number or a closing bracket; a single letter needs a space before it, and a number.
+_UNIT_NAMES = "|".join(sorted(_UNITS, key=len, reverse=True))
+# Words after a number or a closing bracket: any after a space, known units of two letters and more
+# without one. A single letter is a unit only after a number and a space.
 _TAIL = re.compile(
-    rf"(?<=[0-9)}}\]|%\s.])\s*((?:\(?{_WORD}\)?{_POWER}[\s.,/]*)+|(?<=\d\s)[mgLsh]{_POWER})$".replace(
-        "(?![A-Za-z(_^{])", "(?![A-Za-z(_])"
-    )
+    rf"(?:(?<=[0-9)}}\]%.])|(?<=\\pi))(?:\s*(?:(?!\b[A-Za-z]\b)(?:{_UNIT_NAMES})s?(?![A-Za-z(_])"
+    rf"|(?<=\s)\(?[A-Za-z][A-Za-z'-]{{2,}}\)?(?![A-Za-z(_])|(?<=\d\s)[mgLsh](?![A-Za-z(_])"
+    rf"|(?<=[a-z]\s)(?:of|a|an|in|on|at|by|is))"
+    rf"{_POWER}[.,/]?)+$"
 )
 _NAME = re.compile(r"([A-Za-z](?:_\{?\w+\}?)?|\\[a-z]+)(\s*\([a-z]\))?\s*=(?!=)\s*(?=\S)")
 _INTEGER = r"\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+"

@@ -25,7 +25,10 @@ _TOKEN = re.compile(r"\\[{}]|\\[A-Za-z]+|[()\[\]{},;]|(?<![A-Za-z\\])(?:and|or)(
 _OPENING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "\\langle": "\\rangle"}
 _CLOSING = frozenset(_OPENING.values())
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d*)?(?![\d,])[^,]*")
-_MEMBER = re.compile(r"[A-Za-z]\s*\\in(?![A-Za-z])\s*")
+# "x \\in", "S =", "(x, y) =" before a set, tuple, interval or matrix
+_MEMBER = re.compile(
+    r"(?:[A-Za-z]|\([A-Za-z](?:\s*,\s*[A-Za-z])*\))\s*(?:\\in(?![A-Za-z])|=)\s*(?=[(\[\\])"
+)
 _MATRIX = re.compile(
     r"[(\[]?\s*\\begin\s*\{([pbBvV]?matrix|array)\}(?:\s*\{[clr|\s]*\})?(.*)\\end\s*\{\1\}\s*[)\]]?",
     re.DOTALL,
@@ -48,7 +51,8 @@ def parts(text: str) -> Parts:
             if kind == "alternatives" and all(_interval(item) for item in items):
                 return Parts("union", tuple(items), text)
             return Parts(kind, _expanded(items), text)
-    text = _MEMBER.sub("", text, count=1) if _MEMBER.match(text) else text
+    if (member := _MEMBER.match(text)) and (whole := parts(text[member.end() :])).kind != "one":
+        return whole
     text = _interval(text) or text
     union = _split(text, ("\\cup",))
     if len(union) > 1:
