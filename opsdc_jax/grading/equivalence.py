@@ -68,7 +68,12 @@ def _depth(text: str) -> int:
 
 
 class _Comparison(NamedTuple):
-    """Compares cleaned answers; `quick` as in `equivalent`."""
+    """Compares cleaned answers; `quick` as in `equivalent`.
+
+    Conventions beyond equal values: lists and sets have no order, and equal length; a list without
+    brackets may stand for a tuple, a tuple for a vector, an inequality for an interval; a unit, a
+    degree or percent sign, or "x =" may be left out, but not be another one.
+    """
 
     quick: bool
 
@@ -91,9 +96,7 @@ class _Comparison(NamedTuple):
         if len(a.items) != len(g.items):
             return False
         if {a.kind, g.kind} <= {"list", "alternatives", "set", "one"}:
-            return ("one" in {a.kind, g.kind} and self.same(a.items[0], g.items[0])) or (
-                "one" not in {a.kind, g.kind} and self._same_unordered(a.items, g.items)
-            )
+            return self._same_unordered(a.items, g.items)
         if a.kind == g.kind == "union":
             return self._same_unordered(a.items, g.items)
         if g.kind in ("tuple", "column") and a.kind in ("tuple", "column", "list"):
@@ -122,7 +125,6 @@ class _Comparison(NamedTuple):
             return False
         if a.unit and g.unit and a.unit != g.unit:
             return False
-            return (bool(g.core) and a.percent <= g.percent) or a.percent != g.percent
         if a.number and g.number:
             return _same_number(a, g)
         if _squeezed(a.core) == _squeezed(g.core):
