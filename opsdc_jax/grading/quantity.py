@@ -91,7 +91,7 @@ _UNIT_NAMES = "|".join(sorted(_UNITS, key=len, reverse=True))
 # without one. A single letter is a unit only after a number and a space.
 _TAIL = re.compile(
     rf"(?:(?<=[0-9)}}\]%.])|(?<=\\pi))(?:\s*(?:(?!\b[A-Za-z]\b)(?:{_UNIT_NAMES})s?(?![A-Za-z(_])"
-    rf"|(?<=\s)\(?[A-Za-z][A-Za-z'-]{{2,}}\)?(?![A-Za-z(_])|(?<=\d\s)[mgLsh](?![A-Za-z(_])"
+    rf"|(?<=\s)\(?[A-Za-z][A-Za-z'-]{{2,}}\)?(?![A-Za-z(_])|(?:(?<=\d\s)|(?<=/))[mgLsh](?![A-Za-z(_])"
     rf"|(?<=[a-z]\s)(?:of|a|an|in|on|at|by|is))"
     rf"{_POWER}[.,/]?)+$"
 )

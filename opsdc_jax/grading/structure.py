@@ -34,6 +34,8 @@ _MATRIX = re.compile(
     re.DOTALL,
 )
 _RELATION = re.compile(r"(<|>|\\le(?![A-Za-z])|\\ge(?![A-Za-z]))")
+_FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
+_LETTERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
 _PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])\s*")
 _MINUS_PLUS = re.compile(r"\\mp(?![A-Za-z])\s*")
 _VARIABLE = re.compile(r"\s*[A-Za-z]\s*")
@@ -128,26 +130,24 @@ def _matrix(match: re.Match[str], text: str) -> Parts:
 
 
 def _interval(text: str) -> str | None:
-    """ "1 < x \\le 2" as "(1,2]", or None if the text is no inequality of one variable."""
+    """ "1 < x \\le 2" as "(1,2]", or None if the text bounds no letter by numbers."""
     pieces = [piece.strip() for piece in _RELATION.split(text)]
     if len(pieces) == 5 and _VARIABLE.fullmatch(pieces[2]):
         low, first, _, second, high = pieces
     elif len(pieces) == 3 and _VARIABLE.fullmatch(pieces[0]):
         _, relation, bound = pieces
-        rising = relation in ("<", "\\le")
-        low, first, second, high = (
-            (r"-\infty", "<", relation, bound) if rising else (r"\infty", ">", relation, bound)
-        )
-        if not rising:
-            return f"{'[' if relation == chr(92) + 'ge' else '('}{bound},\\infty)"
+        if relation in ("<", "\\le"):
+            low, first, second, high = r"-\infty", "<", relation, bound
+        else:
+            low, first, second, high = bound, _FLIPPED[relation], "<", r"\infty"
     elif len(pieces) == 3 and _VARIABLE.fullmatch(pieces[2]):
-        flip = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
-        return _interval(f"{pieces[2]} {flip[pieces[1]]} {pieces[0]}")
+        return _interval(f"{pieces[2]} {_FLIPPED[pieces[1]]} {pieces[0]}")
     else:
         return None
+    if _LETTERS.search(f"{low} {high}"):
+        return None
     if first in (">", "\\ge") and second in (">", "\\ge"):
-        flip = {">": "<", "\\ge": "\\le"}
-        low, first, second, high = high, flip[second], flip[first], low
+        low, first, second, high = high, _FLIPPED[second], _FLIPPED[first], low
     if first in (">", "\\ge") or second in (">", "\\ge"):
         return None
     return f"{'(' if first == '<' else '['}{low},{high}{')' if second == '<' else ']'}"
