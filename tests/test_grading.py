@@ -135,6 +135,15 @@ def test_a_gold_of_another_problem_is_right_only_if_it_says_the_same():
     assert accepted == set(by_value) | EQUAL_GOLDS.intersection(pairs)
 
 
+def test_gsm8k_golds_of_other_problems_are_right_only_if_the_number_is_the_same():
+    golds = _golds("gsm8k_test")
+    pairs = [(golds[index - shift], gold) for shift in (1, 7) for index, gold in enumerate(golds)]
+    grades = grading.grade_many([(f"Answer: {answer}", gold, False) for answer, gold in pairs])
+    for (answer, gold), grade in zip(pairs, grades, strict=True):
+        same = Fraction(answer.replace(",", "")) == Fraction(gold.replace(",", ""))
+        assert grade.scores["committed"] == same, (answer, gold)
+
+
 # ----------------------------------------------------------------- shortcuts, threads, robustness
 
 
