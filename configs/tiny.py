@@ -35,7 +35,8 @@ def get_config() -> ConfigDict:
     config.optim.warmup_steps = 5
     config.optim.b2 = 0.95
 
-    config.eval.source = ""
+    config.eval.source = "tiny"
+    config.eval.samples = 1
     config.eval.every = 10
     config.eval.batch_size = 256
     config.eval.max_response_tokens = 160

@@ -77,14 +77,16 @@ def default_config() -> ConfigDict:
     config.mesh.tensor = 1
 
     config.eval = ConfigDict()
-    # A source as in data.source; empty: the training source's own (tiny); "none": no evaluation
-    config.eval.source = "HuggingFaceH4/MATH-500"  # paper
-    config.eval.split = ""  # of a published data set; empty: test, or where it has its problems
+    # Benchmarks, separated by commas: names in opsdc_jax/benchmarks.py (math500, aime24, aime25,
+    # gsm8k, mmlu, tiny) or tables as in data.source; "none": no evaluation
+    config.eval.source = "math500"  # paper
+    config.eval.split = ""  # of one table; empty: test, or where it has its problems
     config.eval.subset = ""
     config.eval.problem_column = ""  # as in data
     config.eval.answer_column = ""
     config.eval.level_column = ""
-    config.eval.limit = 0  # problems, drawn at random; 0 = all
+    config.eval.limit = 0  # problems of each benchmark, drawn at random; 0 = all
+    config.eval.samples = 8  # responses to each problem; paper
     config.eval.every = 0  # steps between evaluations of the student; 0 = only before and after
     config.eval.samples_per_level = 512  # fresh problems of each difficulty level (tiny)
     config.eval.batch_size = 32  # responses sampled at a time
@@ -111,6 +113,7 @@ _AT_LEAST_ONE = (
     "train.micro_batch_size",
     "loss.chunk_tokens",
     "optim.clip_norm",
+    "eval.samples",
     "eval.samples_per_level",
     "eval.batch_size",
     "eval.max_response_tokens",
@@ -162,6 +165,11 @@ def validate(config: ConfigDict) -> None:
         _require(config, key, lambda value: 0 < value <= 1, "must be above 0 and at most 1")
     for key in ("optim.b1", "optim.b2"):
         _require(config, key, lambda value: 0 <= value < 1, "must be in [0, 1)")
+    if config.eval.samples > 1 and config.eval.temperature == 0:
+        raise InputError(
+            f"eval.samples={config.eval.samples} at eval.temperature=0 would all be the same: take "
+            "one sample, or another temperature"
+        )
     batch, micro = config.train.batch_size, config.train.micro_batch_size
     if batch % micro:
         raise InputError(

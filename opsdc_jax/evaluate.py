@@ -1,37 +1,177 @@
-"""Accuracy and length of one system on a set of problems, overall and by difficulty."""
+"""Samples the responses of systems to benchmarks, into files that survive a kill; grades them.
 
-import math
-from collections.abc import Sequence
+The training loop and scripts/evaluate.py both evaluate through `Evaluator`. The files are described
+in docs/formats.md; opsdc_jax/summary.py makes statistics of them, without a model.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from opsdc_jax import grading
-from opsdc_jax.data.sources import Example
+from opsdc_jax import summary
+from opsdc_jax.benchmarks import Benchmark
+from opsdc_jax.data import Example
+from opsdc_jax.measures import END_THINK, THINK, is_thought_open
 from opsdc_jax.models.qwen3 import Params
+from opsdc_jax.progress import seconds
+from opsdc_jax.prompts import Prompts
+from opsdc_jax.results import SystemFiles
 from opsdc_jax.sampler import EVAL_STREAM, Sampler, SamplingParams, sequence_keys
 
+_PROGRESS_SECONDS = 30  # between two lines of progress
 
-class Answer(NamedTuple):
-    """One graded response.
+
+class System(NamedTuple):
+    """What is evaluated.
 
     Attributes:
-      response: text without the end-of-sequence token.
-      tokens: sampled tokens, the end-of-sequence token included.
-      stopped: False where the budget cut the response.
+      name: of its files.
+      model: folder or hub id of the weights' architecture, as the user gave it.
+      weights: what tells these weights from others: a digest, or the step of a run.
+      concise: whether it is asked under the conciseness instruction.
     """
 
-    problem: str
-    gold: str
-    level: str
-    response: str
-    tokens: int
-    stopped: bool
-    correct: bool
+    name: str
+    model: str
+    weights: str
+    concise: bool = False
 
 
-def answer_all(
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Evaluates systems side by side: on the same problems, with the same sampling and budget.
+
+    Attributes:
+      settings: the whole configuration.
+      prompts, tokenizer, sampler: of the systems' model; the sampler holds the budget.
+      folder: eval/ of a run or of an --out folder.
+    """
+
+    settings: ConfigDict
+    benchmarks: Sequence[Benchmark]
+    prompts: Prompts
+    tokenizer: Any
+    sampler: Sampler
+    folder: pathlib.Path
+
+    def open(self, system: System) -> bool:
+        """Makes a system's files, or finds them; whether all its responses are there already.
+
+        Raises:
+          InputError: files of the same name were sampled with other settings.
+        """
+        complete = True
+        for benchmark in self.benchmarks:
+            files = self._files(system, benchmark)
+            files.open(self._describe(system, benchmark))
+            complete &= self._sampled(files, benchmark) == self._total(benchmark)
+        return complete
+
+    def run(self, system: System, params: Params | None) -> None:
+        """Samples what is not there yet, grades it, and prints a line for each benchmark.
+
+        Args:
+          params: of the system's model; not needed if all its responses are there.
+        """
+        self.open(system)
+        for benchmark in self.benchmarks:
+            files = self._files(system, benchmark)
+            if files.grades.exists():
+                continue
+            began = time.perf_counter()
+            if self._sampled(files, benchmark) < self._total(benchmark):
+                assert params is not None
+                self._sample(files, system, benchmark, params)
+            summary.grade(files)
+            print(
+                f"evaluated {system.name} on {benchmark.name}: {summary.headline(files)} "
+                f"({time.perf_counter() - began:.0f} s)",
+                flush=True,
+            )
+
+    def _files(self, system: System, benchmark: Benchmark) -> SystemFiles:
+        return SystemFiles(self.folder / benchmark.name, system.name)
+
+    def _total(self, benchmark: Benchmark) -> int:
+        return len(benchmark.examples) * self.settings.eval.samples
+
+    def _sampled(self, files: SystemFiles, benchmark: Benchmark) -> int:
+        """How many responses are there; what a crash left unfinished is dropped."""
+        return files.resume(self._total(benchmark), self.settings.eval.batch_size)
+
+    def _render(self, system: System) -> Callable[[str], list[int]]:
+        return self.prompts.teacher if system.concise else self.prompts.student
+
+    def _sample(
+        self, files: SystemFiles, system: System, benchmark: Benchmark, params: Params
+    ) -> None:
+        """Goes on with a system's responses to a benchmark until all are there."""
+        options, render = self.settings.eval, self._render(system)
+        total, first = self._total(benchmark), self._sampled(files, benchmark)
+        began = printed = time.perf_counter()
+        done = first
+        for rows in responses(
+            params,
+            self.sampler,
+            self.tokenizer,
+            benchmark.examples,
+            [render(example.problem) for example in benchmark.examples],
+            sampling=SamplingParams(options.temperature, options.top_p, options.top_k),
+            seed=self.settings.seed,
+            samples=options.samples,
+            batch_size=options.batch_size,
+            first=first,
+        ):
+            files.append(rows)
+            done += len(rows)
+            now = time.perf_counter()
+            if done < total and now - printed > _PROGRESS_SECONDS:
+                printed = now
+                left = (now - began) / (done - first) * (total - done)
+                print(
+                    f"{benchmark.name}/{system.name}: {done:,} of {total:,} responses, "
+                    f"{seconds(left)} left",
+                    flush=True,
+                )
+
+    def _describe(self, system: System, benchmark: Benchmark) -> dict[str, Any]:
+        """All that the responses depend on, and what measuring them without a model needs."""
+        prompts, options = self.settings.prompts, self.settings.eval
+        vocabulary = self.tokenizer.get_vocab()
+        think_id, end_think_id = vocabulary.get(THINK), vocabulary.get(END_THINK)
+        prompt = self._render(system)(benchmark.examples[0].problem)
+        return {
+            "benchmark": benchmark.name,
+            "source": benchmark.source,
+            "problems": len(benchmark.examples),
+            "fingerprint": benchmark.fingerprint,
+            "system": system.name,
+            "model": system.model,
+            "weights": system.weights,
+            "prompt": "concise" if system.concise else "plain",
+            "instruction": prompts.instruction if system.concise else None,
+            "template": prompts.template,
+            "thinking": prompts.teacher_thinking if system.concise else prompts.student_thinking,
+            "samples": options.samples,
+            "max_response_tokens": options.max_response_tokens,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "top_k": options.top_k,
+            "seed": self.settings.seed,
+            "dtype": self.settings.model.compute_dtype,
+            "think_id": think_id,
+            "end_think_id": end_think_id,
+            "thought_open": is_thought_open(prompt, think_id, end_think_id),
+        }
+
+
+def responses(
     params: Params,
     sampler: Sampler,
     tokenizer: Any,
@@ -40,72 +180,57 @@ def answer_all(
     *,
     sampling: SamplingParams,
     seed: int,
+    samples: int,
     batch_size: int,
-) -> list[Answer]:
-    """Samples and grades one response for each prompt.
+    first: int = 0,
+) -> Iterator[list[dict[str, Any]]]:
+    """Samples responses, a batch of rows of `<system>.jsonl` at a time, ordered by problem.
 
-    The keys depend on the seed and on the example's index alone, so systems compared on the same
-    examples share their random numbers.
+    The samples of one problem stand side by side: they are of similar length, and a batch takes as
+    long as its longest response. The key of a response depends on the seed, its problem's index and
+    its number alone, so systems compared on the same problems share their random numbers.
 
     Args:
       prompts: token ids, one prompt for each example.
+      samples: responses to each prompt (k).
       batch_size: responses sampled at a time; the last batch is filled up and the filling dropped.
+      first: number of the first response that is wanted.
     """
-    answers = []
-    for start in range(0, len(examples), batch_size):
-        indices = [index % len(examples) for index in range(start, start + batch_size)]
-        keys = sequence_keys(seed, EVAL_STREAM, 0, np.array(indices))
+    total = len(examples) * samples
+    for start in range(first, total, batch_size):
+        numbers = np.arange(start, start + batch_size) % total
+        indices_B, samples_B = np.divmod(numbers, samples)
+        keys_B = _response_keys(seed, samples_B, indices_B)
         rollout = jax.device_get(
-            sampler(params, [prompts[index] for index in indices], keys, sampling)
+            sampler(params, [prompts[index] for index in indices_B], keys_B, sampling)
         )
-        for row, index in enumerate(indices[: len(examples) - start]):
-            example, length = examples[index], int(rollout.lengths_B[row])
+        rows = []
+        for row in range(min(batch_size, total - start)):
+            index, length = int(indices_B[row]), int(rollout.lengths_B[row])
             stopped = bool(rollout.stopped_B[row])
-            text = tokenizer.decode(rollout.tokens_BxR[row, : length - stopped])
-            correct = grading.grade(text, example.answer, not stopped)["committed"]
-            answers.append(
-                Answer(
-                    problem=example.problem,
-                    gold=example.answer,
-                    level=example.level,
-                    response=text,
-                    tokens=length,
-                    stopped=stopped,
-                    correct=correct,
-                )
+            ids = rollout.tokens_BxR[row, :length].tolist()
+            example = examples[index]
+            rows.append(
+                {
+                    "index": index,
+                    "sample": int(samples_B[row]),
+                    "problem": example.problem,
+                    "gold": example.answer,
+                    "level": example.level,
+                    "ids": ids,
+                    "text": tokenizer.decode(ids[: length - stopped]),
+                    "stopped": stopped,
+                    "prompt_tokens": len(prompts[index]),
+                }
             )
-    return answers
+        yield rows
 
 
-def summarise(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Statistics of `answers`: {"overall": ..., "by_level": {level: ...}}, see `statistics`."""
-    by_level: dict[str, list[Answer]] = {}
-    for answer in answers:
-        by_level.setdefault(answer.level, []).append(answer)
-    return {
-        "overall": statistics(answers),
-        "by_level": {level: statistics(group) for level, group in by_level.items()},
-    }
+@jax.jit
+def _response_keys(seed: int, samples_B: Any, indices_B: Any) -> jax.Array:
+    """One key per response, [B]: the sample's number takes the place of a training step."""
 
+    def key(sample: jax.Array, index: jax.Array) -> jax.Array:
+        return sequence_keys(seed, EVAL_STREAM, sample, index[None])[0]
 
-def statistics(answers: Sequence[Answer]) -> dict[str, float | int]:
-    """Means over responses and their standard errors.
-
-    `accuracy` and `truncated` are fractions; `tokens` is the mean response length.
-    """
-    accuracy, accuracy_se = _mean_and_error([answer.correct for answer in answers])
-    tokens, tokens_se = _mean_and_error([answer.tokens for answer in answers])
-    return {
-        "samples": len(answers),
-        "accuracy": accuracy,
-        "accuracy_se": accuracy_se,
-        "tokens": tokens,
-        "tokens_se": tokens_se,
-        "truncated": float(np.mean([not answer.stopped for answer in answers])),
-    }
-
-
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    array = np.asarray(values, float)
-    deviation = array.std(ddof=1) if len(array) > 1 else math.nan
-    return float(array.mean()), float(deviation / math.sqrt(len(array)))
+    return jax.vmap(key)(samples_B, indices_B)

@@ -1,10 +1,14 @@
 """JSON files: read with a clear error, written in one go."""
 
+import hashlib
 import json
 import pathlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from opsdc_jax.config import InputError
+
+_PROBE_BYTES, _PROBES = 4096, 64  # of each file that is fingerprinted
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -26,6 +30,52 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes a JSON file in one go: readers see the old file or the whole new one."""
+    _replace(path, [json.dumps(value, indent=2) + "\n"])
+
+
+def read_json_lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file that holds one a line, one after the other.
+
+    Raises:
+      InputError: the file is missing, or a line is damaged.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    value = json.loads(line)
+                except json.JSONDecodeError:
+                    value = None
+                if not isinstance(value, dict):
+                    raise InputError(f"{path}:{number} does not hold a JSON object")
+                yield value
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+
+
+def write_json_lines(path: pathlib.Path, values: Iterable[Any]) -> None:
+    """Writes one object a line, in one go."""
+    _replace(path, (json.dumps(value) + "\n" for value in values))
+
+
+def _replace(path: pathlib.Path, texts: Iterable[str]) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(texts)
     temporary.replace(path)
+
+
+def fingerprint(paths: Iterable[pathlib.Path]) -> str:
+    """A digest of large files: of their sizes, and of parts spread evenly over each of them.
+
+    Enough to tell the weights of two training steps apart without reading them.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}\n".encode())
+        with path.open("rb") as file:
+            for probe in range(_PROBES):
+                file.seek(max(size - _PROBE_BYTES, 0) * probe // (_PROBES - 1))
+                digest.update(file.read(_PROBE_BYTES))
+    return digest.hexdigest()[:12]

@@ -1,9 +1,12 @@
-"""What is measured on one response besides its answer: thought and answer, loops, words of doubt."""
+"""What is measured on one response besides its answer: lengths, loops, words of doubt."""
 
 import re
 from collections.abc import Sequence
 
 import numpy as np
+
+THINK, END_THINK = "<think>", "</think>"
+"""The marks around a thought, one token each."""
 
 DOUBT_WORDS = (
     "wait",
@@ -30,13 +33,13 @@ DOUBT_WORDS = (
 _DOUBT = re.compile(
     r"\b(?:" + "|".join(map(re.escape, DOUBT_WORDS)).replace(r"\ ", r"\s+") + r")\b", re.IGNORECASE
 )
-# A loop: the response ends in at least LOOP_COPIES copies of one block of at most LOOP_BLOCK tokens,
-# which together are at least LOOP_TOKENS long (a row of zeros in a number is no loop).
+# A loop: the response ends in LOOP_COPIES or more copies of one block of at most LOOP_BLOCK tokens,
+# together LOOP_TOKENS long or longer: a row of zeros in a number is no loop.
 LOOP_COPIES, LOOP_BLOCK, LOOP_TOKENS = 4, 128, 48
 
 
 def doubt_words(text: str) -> int:
-    """How many of `DOUBT_WORDS` stand in a text; words within a counted phrase do not count again."""
+    """How many of `DOUBT_WORDS` stand in a text."""
     return len(_DOUBT.findall(text))
 
 
@@ -70,7 +73,18 @@ def thinking_tokens(
       think_id, end_think_id: of the marks; None where the tokenizer has none.
       thought_open: the prompt ends inside a thought, so the response need not open one.
     """
-    if end_think_id is not None and end_think_id in ids:
-        return len(ids) - list(reversed(ids)).index(end_think_id)
-    opened = thought_open or (think_id is not None and think_id in ids)
-    return len(ids) if opened else 0
+    closed = _last(ids, end_think_id)
+    if closed >= 0:
+        return closed + 1
+    return len(ids) if thought_open or _last(ids, think_id) >= 0 else 0
+
+
+def is_thought_open(prompt: Sequence[int], think_id: int | None, end_think_id: int | None) -> bool:
+    """Whether a prompt ends inside a thought, as the templates of some thinking models do."""
+    return _last(prompt, think_id) > _last(prompt, end_think_id)
+
+
+def _last(ids: Sequence[int], wanted: int | None) -> int:
+    """Place of the last occurrence; -1 if there is none."""
+    places = [] if wanted is None else np.flatnonzero(np.asarray(ids) == wanted).tolist()
+    return places[-1] if places else -1

@@ -1,46 +1,82 @@
-"""The final table and the plots of a run."""
+"""The final tables and the plots of a run."""
 
-import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from opsdc_jax.intervals import Estimate
+from opsdc_jax.statistics import HEADLINE
 
 SYSTEM_NAMES = {
     "base": "base, plain prompt",
     "concise_prompt": "base, concise prompt",
     "student": "student, plain prompt",
 }
-_Z95 = 1.96
 
 
-def table(summary: Mapping[str, Any]) -> str:
-    """The systems side by side: accuracy % / mean response tokens, with 95% half-widths.
+def tables(summary: Mapping[str, Any]) -> str:
+    """All that a run prints at its end: for each benchmark its table, claims and warnings.
 
     Args:
-      summary: contents of eval/summary.json; empty where evaluation was off.
+      summary: contents of summary.json (docs/formats.md).
     """
-    if not summary:
+    benchmarks = summary["benchmarks"]
+    if not benchmarks:
         return "no evaluation (eval.source is none)"
-    systems = [name for name in SYSTEM_NAMES if name in summary]
-    levels = _levels(summary)
-    rows = [["accuracy % / tokens", *levels, "all (95%)", "length"]]
-    base_tokens = summary["base"]["overall"]["tokens"]
-    for name in systems:
-        by_level, overall = summary[name]["by_level"], summary[name]["overall"]
-        change = overall["tokens"] / base_tokens - 1
+    parts = []
+    for name, benchmark in benchmarks.items():
+        parts += [name] if len(benchmarks) > 1 else []
+        parts += [table(benchmark), verdict(benchmark)]
+        parts += [f"warning: {warning}" for warning in benchmark["warnings"]]
+    return "\n\n".join(filter(None, parts))
+
+
+def table(benchmark: Mapping[str, Any]) -> str:
+    """The systems side by side: accuracy % / mean response tokens, with 95% half-widths."""
+    systems = benchmark["systems"]
+    levels = list(next(iter(systems.values()))["by_level"])
+    reductions = {
+        comparison["system"]: comparison["overall"]["token_reduction"]["overall"]
+        for comparison in benchmark["comparisons"]
+        if comparison["against"] == "base"
+    }
+    rows = [["accuracy % / tokens", *levels, "all (95%)", "length (95%)"]]
+    for name, system in systems.items():
+        groups = [system["by_level"][level] for level in levels]
+        overall = system["overall"]
         rows.append(
             [
                 SYSTEM_NAMES[name],
-                *(
-                    f"{100 * by_level[lv]['accuracy']:.1f} / {by_level[lv]['tokens']:.1f}"
-                    for lv in levels
-                ),
-                f"{100 * overall['accuracy']:.1f} ± {100 * _half(overall, 'accuracy'):.1f} / "
-                f"{overall['tokens']:.1f} ± {_half(overall, 'tokens'):.1f}",
-                "" if name == "base" else f"{100 * change:+.1f}%",
+                *(f"{_percent(_accuracy(group))} / {_tokens(group):.1f}" for group in groups),
+                f"{_with_half(_accuracy(overall), 100)} / "
+                f"{_with_half(overall['tokens']['mean'], 1)}",
+                f"{_with_half(reductions[name], -100, '+')}%" if name in reductions else "",
             ]
         )
     return _align(rows)
+
+
+def _accuracy(statistics: Mapping[str, Any]) -> Estimate:
+    return statistics["scores"][HEADLINE]
+
+
+def _tokens(statistics: Mapping[str, Any]) -> float:
+    return statistics["tokens"]["mean"]["value"]
+
+
+def _percent(estimate: Estimate) -> str:
+    return f"{100 * estimate['value']:.1f}"
+
+
+def _half(estimate: Estimate) -> float:
+    """Half the width of an interval; 0 where there is none."""
+    low, high = estimate["low"], estimate["high"]
+    return 0.0 if low is None or high is None else (high - low) / 2
+
+
+def _with_half(estimate: Estimate, scale: float, sign: str = "") -> str:
+    """A scaled value and half the width of its interval."""
+    return f"{scale * estimate['value']:{sign}.1f} ± {abs(scale) * _half(estimate):.1f}"
 
 
 class Claim(NamedTuple):
@@ -52,28 +88,35 @@ class Claim(NamedTuple):
     figures: str
 
 
-def claims(summary: Mapping[str, Any]) -> list[Claim]:
-    """What the paper claims of OPSDC, checked on a run's summary.json.
+def claims(benchmark: Mapping[str, Any]) -> list[Claim]:
+    """What the paper claims of OPSDC, checked on a benchmark of summary.json.
 
-    Accuracy is held if the student's is not below the base's by more than the 95% interval of the
-    difference of two independent means.
+    Nothing where the student and the base do not stand there side by side. Accuracy is held if the
+    interval of its difference reaches 0.
     """
-    base, student = summary["base"], summary["student"]
-    change = student["overall"]["tokens"] / base["overall"]["tokens"] - 1
-    gain = student["overall"]["accuracy"] - base["overall"]["accuracy"]
-    half = math.hypot(_half(base["overall"], "accuracy"), _half(student["overall"], "accuracy"))
+    pairs = {(c["system"], c["against"]): c for c in benchmark["comparisons"]}
+    if ("student", "base") not in pairs:
+        return []
+    comparison = pairs["student", "base"]
+    reduction = comparison["overall"]["token_reduction"]["overall"]
+    gain = _accuracy(comparison["overall"])
     found = [
-        Claim("compression", "at least 50% fewer tokens", change <= -0.5, f"{100 * change:+.1f}%"),
+        Claim(
+            "compression",
+            "at least 50% fewer tokens",
+            reduction["value"] >= 0.5,
+            f"{_with_half(reduction, -100, '+')}%",
+        ),
         Claim(
             "accuracy_held",
             "accuracy not below the base's",
-            gain >= -half,
-            f"{100 * gain:+.1f} ± {100 * half:.1f} points",
+            gain["high"] is None or gain["high"] >= 0,
+            f"{_with_half(gain, 100, '+')} points",
         ),
     ]
     changes = {
-        level: student["by_level"][level]["tokens"] / base["by_level"][level]["tokens"] - 1
-        for level in _levels(summary)
+        level: -group["token_reduction"]["overall"]["value"]
+        for level, group in comparison["by_level"].items()
     }
     if len(changes) > 1:
         easiest, hardest = next(iter(changes)), list(changes)[-1]
@@ -84,27 +127,15 @@ def claims(summary: Mapping[str, Any]) -> list[Claim]:
     return found
 
 
-def verdict(summary: Mapping[str, Any]) -> str:
+def verdict(benchmark: Mapping[str, Any]) -> str:
     """The claims of the paper as lines of text: reproduced on this run, or not."""
+    found = claims(benchmark)
+    if not found:
+        return ""
     rows = [["claim of the paper", "on this run", "measured"]]
-    for claim in claims(summary):
+    for claim in found:
         rows.append([claim.text, "holds" if claim.held else "DOES NOT HOLD", claim.figures])
     return _align(rows)
-
-
-def _levels(summary: Mapping[str, Any]) -> list[str]:
-    """The named difficulty levels of a summary, easiest first."""
-    return [level for level in sorted(summary["base"]["by_level"], key=_rank) if level]
-
-
-def _rank(level: str) -> tuple[int, str]:
-    """Sorts the tiny task's levels by difficulty and numbered ones by number."""
-    tiny = ("easy", "medium", "hard")
-    return (tiny.index(level), "") if level in tiny else (len(tiny), level)
-
-
-def _half(statistics: Mapping[str, float], name: str) -> float:
-    return _Z95 * statistics[f"{name}_se"]
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:
@@ -121,8 +152,7 @@ def _align(rows: Sequence[Sequence[str]]) -> str:
 def plot(
     folder: pathlib.Path,
     metrics: Sequence[Mapping[str, Any]],
-    evaluations: Sequence[tuple[int, Mapping[str, Any]]],
-    concise_prompt: Mapping[str, Any] | None,
+    summary: Mapping[str, Any],
     teacher_every: int,
 ) -> None:
     """Writes loss.png, length.png and entropy.png into a folder.
@@ -131,8 +161,8 @@ def plot(
 
     Args:
       metrics: rows of metrics.jsonl.
-      evaluations: (step, summary) of the student, step 0 being the base model.
-      concise_prompt: summary of the base model under the instruction, drawn as a level.
+      summary: contents of summary.json; of each benchmark the curve is drawn, and the base model
+        under the instruction as a level.
       teacher_every: M; refreshes are marked.
     """
     import matplotlib  # slow to import, and needed once a run
@@ -146,20 +176,30 @@ def plot(
     def curve(axes: Any, key: str, label: str) -> None:
         axes.plot(steps, [row[key] for row in metrics], label=label)
 
-    def evaluated(axes: Any, key: str, scale: float) -> None:
-        points = [(step, summary["overall"]) for step, summary in evaluations]
-        axes.errorbar(
-            [step for step, _ in points],
-            [scale * overall[key] for _, overall in points],
-            [scale * _half(overall, key) for _, overall in points],
-            marker="o",
-            capsize=3,
-            label="student, plain prompt",
-        )
-        if concise_prompt is not None:
-            level = scale * concise_prompt["overall"][key]
-            label = SYSTEM_NAMES["concise_prompt"]
-            axes.axhline(level, color="tab:green", linestyle="--", label=label)
+    benchmarks = summary["benchmarks"]
+
+    def evaluated(
+        axes: Any, estimate: Callable[[Mapping[str, Any]], Estimate], scale: float
+    ) -> None:
+        for name, benchmark in benchmarks.items():
+            of = f" ({name})" if len(benchmarks) > 1 else ""
+            points = [(row["step"], estimate(row["statistics"])) for row in benchmark["curve"]]
+            axes.errorbar(
+                [step for step, _ in points],
+                [scale * point["value"] for _, point in points],
+                [scale * _half(point) for _, point in points],
+                marker="o",
+                capsize=3,
+                label=f"student, plain prompt{of}",
+            )
+            if "concise_prompt" in benchmark["systems"]:
+                level = estimate(benchmark["systems"]["concise_prompt"]["overall"])
+                axes.axhline(
+                    scale * level["value"],
+                    color=axes.lines[-1].get_color() if of else "tab:green",
+                    linestyle="--",
+                    label=f"{SYSTEM_NAMES['concise_prompt']}{of}",
+                )
 
     def loss(axes: Any) -> None:
         curve(axes, "loss", "loss")
@@ -172,12 +212,11 @@ def plot(
 
     def length(axes: Any) -> None:
         curve(axes, "response_tokens", "training rollouts")
-        if evaluations:
-            evaluated(axes, "tokens", 1.0)
+        evaluated(axes, lambda statistics: statistics["tokens"]["mean"], 1.0)
         axes.set_title("mean response tokens")
 
     def accuracy(axes: Any) -> None:
-        evaluated(axes, "accuracy", 100.0)
+        evaluated(axes, _accuracy, 100.0)
         axes.set_title("accuracy (%, 95% intervals)")
 
     def save(name: str, *panels: Callable[[Any], None]) -> None:
@@ -198,6 +237,6 @@ def plot(
     save("loss", loss)
     save("entropy", entropy)
     save("length", length)
-    if evaluations:
+    if benchmarks:
         save("accuracy", accuracy)
         save("overview", length, accuracy)

@@ -56,11 +56,11 @@ class Graded:
 
     def select(self, problems: np.ndarray) -> "Graded":
         """The problems with these indices only."""
-        parts = (
+        scores, counts, flags = (
             {name: array[problems] for name, array in part.items()}
             for part in (self.scores, self.counts, self.flags)
         )
-        return Graded(*parts, levels=[self.levels[index] for index in problems])
+        return Graded(scores, counts, flags, [self.levels[index] for index in problems])
 
     @property
     def samples(self) -> int:
@@ -112,9 +112,7 @@ def describe(graded: Graded) -> dict[str, Any]:
         "samples": graded.samples,
         "scores": {name: _fraction(array) for name, array in graded.scores.items()},
         "pass_at": {
-            str(draws): intervals.proportion(
-                pass_at(graded.correct, draws), graded.samples / draws
-            )
+            str(draws): intervals.proportion(pass_at(graded.correct, draws), graded.samples / draws)
             for draws in _draws(graded.samples)
         },
         **{name: _spread(graded.counts[name]) for name in _LENGTHS},
@@ -143,10 +141,7 @@ def compare(graded: Graded, base: Graded) -> dict[str, Any]:
         "problems_both_solve": both,
         "thinking_reduction": _reduction("thinking_tokens", graded, base),
         "answer_reduction": _reduction("answer_tokens", graded, base),
-        **{
-            name: _difference(graded.flags[name], base.flags[name])
-            for name in _COMPARED_FRACTIONS
-        },
+        **{name: _difference(graded.flags[name], base.flags[name]) for name in _COMPARED_FRACTIONS},
         "doubt_per_1000": intervals.difference_of_ratios(*_doubts(graded), *_doubts(base)),
     }
 
@@ -193,13 +188,16 @@ def _reduction(name: str, graded: Graded, base: Graded) -> Estimate | None:
 def _token_reduction(graded: Graded, base: Graded) -> tuple[dict[str, Estimate | None], int]:
     """The three token reductions, and on how many problems both have a correct response."""
     after, before = (side.counts["tokens"].mean(axis=1) for side in (graded, base))
-    both = graded.correct.any(axis=1) & base.correct.any(axis=1)
-    solved = [_solved_tokens(side, both) for side in (graded, base)]
-    return {
+    both = np.logical_and(graded.correct.any(axis=1), base.correct.any(axis=1))
+    reductions: dict[str, Estimate | None] = {
         "overall": intervals.reduction(intervals.ratio(after, before)),
         "per_problem": intervals.reduction(intervals.mean(after / before)),
-        "both_solve": intervals.reduction(intervals.ratio(*solved)) if both.any() else None,
-    }, int(both.sum())
+        "both_solve": None,
+    }
+    if both.any():
+        solved = (_solved_tokens(side, both) for side in (graded, base))
+        reductions["both_solve"] = intervals.reduction(intervals.ratio(*solved))
+    return reductions, int(both.sum())
 
 
 def _solved_tokens(graded: Graded, problems: np.ndarray) -> np.ndarray:

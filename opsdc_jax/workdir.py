@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from opsdc_jax.config import InputError, differing_keys, flatten
 from opsdc_jax.files import read_json, write_json
+from opsdc_jax.results import SUMMARY
 
 
 class Workdir:
@@ -75,7 +76,7 @@ class Workdir:
     @property
     def summary(self) -> pathlib.Path:
         """The final table; its presence marks a finished run."""
-        return self.eval / "summary.json"
+        return self.eval / SUMMARY
 
     def _refuse_other_run(self) -> None:
         theirs = flatten(ConfigDict(read_json(self._stored)))
@@ -89,7 +90,7 @@ class Workdir:
 
 def is_finished(path: str | pathlib.Path) -> bool:
     """Whether the folder holds a finished run."""
-    return (pathlib.Path(path) / "eval" / "summary.json").exists()
+    return (pathlib.Path(path) / "eval" / SUMMARY).exists()
 
 
 def beside_finished(path: str | pathlib.Path) -> pathlib.Path:

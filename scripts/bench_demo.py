@@ -22,7 +22,9 @@ from typing import Any
 from absl import flags
 
 from opsdc_jax import cli, report
+from opsdc_jax.benchmarks import TINY
 from opsdc_jax.files import read_json
+from opsdc_jax.statistics import HEADLINE
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -61,19 +63,30 @@ def run(seed: str, workdir: pathlib.Path) -> dict[str, float]:
 
 def figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of a run's summary.json, and whether the paper's claims hold on it."""
-    base, student = summary["base"], summary["student"]
-    ratios = {
-        level: round(student["by_level"][level]["tokens"] / statistics["tokens"], 4)
-        for level, statistics in base["by_level"].items()
-    }
-    overall = {name: system["overall"] for name, system in summary.items()}
+    benchmark = summary["benchmarks"][TINY]
+    overall = {name: system["overall"] for name, system in benchmark["systems"].items()}
+    student = next(
+        comparison
+        for comparison in benchmark["comparisons"]
+        if (comparison["system"], comparison["against"]) == ("student", "base")
+    )
+
+    def ratio(comparison: Mapping[str, Any]) -> float:
+        return round(1 - comparison["token_reduction"]["overall"]["value"], 4)
+
     return {
-        "ratio": round(student["overall"]["tokens"] / base["overall"]["tokens"], 4),
-        "ratio_by_level": ratios,
-        "accuracy": {name: round(values["accuracy"], 4) for name, values in overall.items()},
-        "tokens": {name: round(values["tokens"], 1) for name, values in overall.items()},
-        "samples": base["overall"]["samples"],
-    } | {claim.name: claim.held for claim in report.claims(summary)}
+        "ratio": ratio(student["overall"]),
+        "ratio_by_level": {level: ratio(group) for level, group in student["by_level"].items()},
+        "accuracy": {
+            name: round(statistics["scores"][HEADLINE]["value"], 4)
+            for name, statistics in overall.items()
+        },
+        "tokens": {
+            name: round(statistics["tokens"]["mean"]["value"], 1)
+            for name, statistics in overall.items()
+        },
+        "problems": overall["base"]["problems"],
+    } | {claim.name: claim.held for claim in report.claims(benchmark)}
 
 
 if __name__ == "__main__":

@@ -13,19 +13,21 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 
-from opsdc_jax import cli, data, evaluate, sharding
+from opsdc_jax import cli, data, evaluate, grading, sharding
 from opsdc_jax.config import InputError
 from opsdc_jax.models.qwen3 import Params, Qwen3Config
 from opsdc_jax.progress import seconds
 from opsdc_jax.prompts import Prompts
 from opsdc_jax.sampler import Sampler, SamplingParams
-from opsdc_jax.tiny import pretrain, tokenizer
+from opsdc_jax.statistics import HEADLINE
+from opsdc_jax.tiny import pretrain, task, tokenizer
 
 PROMPT_WIDTH, RESPONSE_WIDTH = 40, 160  # tokens, in the measurement
 REPORT_EVERY = 20  # steps
@@ -107,12 +109,12 @@ def measure(
         pad_id=words.pad_token_id,
         rows=sharding.batch_sharding(mesh),
     )
-    examples = data.open_source("tiny", 0).evaluation(samples_per_level)
+    examples = data.tiny_evaluation(0, samples_per_level)
     measured = {}
     for name in pretrain.MIX:
         prompts = Prompts(words, template="tiny", instruction=name or "v1")
         render = prompts.teacher if name else prompts.student
-        answers = evaluate.answer_all(
+        batches = evaluate.responses(
             params,
             sampler,
             words,
@@ -120,17 +122,13 @@ def measure(
             [render(example.problem) for example in examples],
             sampling=SamplingParams(),
             seed=0,
+            samples=1,
             batch_size=256,
         )
-        summary = evaluate.summarise(answers)
-        groups = {"all": summary["overall"], **summary["by_level"]}
+        rows = [row for batch in batches for row in batch]
         measured[name or "plain"] = {
-            group: {
-                "accuracy": round(statistics["accuracy"], 4),
-                "tokens": round(statistics["tokens"], 1),
-                "truncated": round(statistics["truncated"], 4),
-            }
-            for group, statistics in groups.items()
+            level: figures([row for row in rows if level in ("all", row["level"])])
+            for level in ("all", *task.LEVELS)
         }
         row = "  ".join(
             f"{group} {100 * values['accuracy']:.1f}% / {values['tokens']:.1f}"
@@ -138,6 +136,19 @@ def measure(
         )
         print(f"{name or 'plain':<10} {row}", flush=True)
     return measured
+
+
+def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Accuracy, mean tokens and truncated fraction of responses (docs/formats.md)."""
+    correct = [
+        grading.grade(row["text"], row["gold"], truncated=not row["stopped"])[HEADLINE]
+        for row in rows
+    ]
+    return {
+        "accuracy": round(float(np.mean(correct)), 4),
+        "tokens": round(float(np.mean([len(row["ids"]) for row in rows])), 1),
+        "truncated": round(float(np.mean([not row["stopped"] for row in rows])), 4),
+    }
 
 
 if __name__ == "__main__":

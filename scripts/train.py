@@ -12,8 +12,7 @@ import dataclasses
 import math
 import pathlib
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,15 +21,18 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from opsdc_jax import checkpoint, cli, config, data, distill, evaluate, report, rollout, sharding
+from opsdc_jax import checkpoint, cli, config, data, distill, report, results, rollout, sharding
+from opsdc_jax.benchmarks import Benchmark, open_benchmarks
 from opsdc_jax.data import Example
-from opsdc_jax.files import read_json, write_json
+from opsdc_jax.evaluate import Evaluator, System
+from opsdc_jax.files import fingerprint, read_json, write_json
 from opsdc_jax.metrics import CompileCounter, MetricsFile, read_metrics
 from opsdc_jax.models import hf, qwen3, weights
 from opsdc_jax.models.qwen3 import Qwen3Config
 from opsdc_jax.progress import Progress
 from opsdc_jax.prompts import Prompts
 from opsdc_jax.sampler import TRAIN_STREAM, Sampler, SamplingParams, sequence_keys
+from opsdc_jax.summary import summarise
 from opsdc_jax.workdir import Workdir, beside_finished, is_finished
 
 
@@ -39,7 +41,8 @@ class Parts(NamedTuple):
 
     Attributes:
       folder: of the base model, its files checked, its weights not read yet.
-      examples: the evaluation problems.
+      weights: digest of these.
+      benchmarks: the evaluation problems; empty where evaluation is off.
       sampler, eval_sampler: for training rollouts and for evaluation.
     """
 
@@ -47,10 +50,11 @@ class Parts(NamedTuple):
     model: Qwen3Config
     shardings: qwen3.Params
     folder: pathlib.Path
+    weights: str
     tokenizer: Any
     prompts: Prompts
     source: data.Source
-    examples: list[Example]
+    benchmarks: list[Benchmark]
     sampler: Sampler
     eval_sampler: Sampler
 
@@ -76,9 +80,7 @@ def main(argv: Sequence[str]) -> int:
         describe(args.config, parts, workdir)
         train(args.config, parts, workdir)
     summary = read_json(workdir.summary)
-    print(f"\n{report.table(summary)}")
-    if summary:
-        print(f"\n{report.verdict(summary)}")
+    print(f"\n{report.tables(summary)}")
     print(f"\neverything is in {workdir.path}")
     return cli.EXIT_DONE
 
@@ -100,7 +102,7 @@ def prepare(settings: ConfigDict) -> Parts:
     for key in keys:
         sharding.check_divides(mesh, key, config.get(settings, key))
     prompts = Prompts(tokenizer, **settings.prompts)
-    source, examples = open_data(settings, prompts)
+    source, benchmarks = open_data(settings, prompts)
     sampler = Sampler(
         model=model,
         prompt_buckets=rollout.length_buckets(settings.sampler.max_prompt_tokens),
@@ -111,32 +113,42 @@ def prepare(settings: ConfigDict) -> Parts:
         rows=sharding.batch_sharding(mesh),
     )
     eval_sampler = dataclasses.replace(sampler, response_width=settings.eval.max_response_tokens)
+    examples = [example for benchmark in benchmarks for example in benchmark.examples]
     check_budgets(prompts, [*examples, *source.train(1, 256)], sampler, eval_sampler)
-    weights.check_files(folder, model)
+    files = weights.check_files(folder, model)
     return Parts(
-        mesh, model, shardings, folder, tokenizer, prompts, source, examples, sampler, eval_sampler
+        mesh=mesh,
+        model=model,
+        shardings=shardings,
+        folder=folder,
+        weights=fingerprint(folder / file for file in files),
+        tokenizer=tokenizer,
+        prompts=prompts,
+        source=source,
+        benchmarks=benchmarks,
+        sampler=sampler,
+        eval_sampler=eval_sampler,
     )
 
 
-def open_data(settings: ConfigDict, prompts: Prompts) -> tuple[data.Source, list[Example]]:
-    """The training source and the evaluation problems; what is left out of them is printed."""
+def open_data(settings: ConfigDict, prompts: Prompts) -> tuple[data.Source, list[Benchmark]]:
+    """The training source and the benchmarks; what is left out of them is printed."""
 
     def accept(example: Example) -> str | None:
         return prompts.rejection(example.problem, settings.sampler.max_prompt_tokens)
 
     source = data.open_source(seed=settings.seed, accept=accept, **settings.data)
-    print(source.report)
-    benchmark = settings.eval.source
-    if benchmark == "none":
-        return source, []
-    if not benchmark:
-        return source, source.evaluation(settings.eval.samples_per_level)
-    keys = ("limit", "split", "subset", "problem_column", "answer_column", "level_column")
-    examples, read = data.evaluation_examples(
-        benchmark, settings.seed, accept=accept, **{key: settings.eval[key] for key in keys}
+    columns = ("split", "subset", "problem_column", "answer_column", "level_column")
+    benchmarks = open_benchmarks(
+        settings.eval.source,
+        settings.seed,
+        limit=settings.eval.limit,
+        samples_per_level=settings.eval.samples_per_level,
+        table={key: settings.eval[key] for key in columns},
+        accept=accept,
     )
-    print(read)
-    return source, examples
+    print("\n".join([source.report, *(benchmark.report for benchmark in benchmarks)]))
+    return source, benchmarks
 
 
 def check_budgets(
@@ -207,22 +219,30 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
     response_buckets = rollout.length_buckets(settings.sampler.max_response_tokens)
     batch_size, last_step = settings.train.batch_size, settings.train.steps
 
-    def evaluated(name: str, params: qwen3.Params, render: Callable[[str], list[int]]) -> None:
-        evaluate_once(settings, parts, workdir, name, params, render)
+    evaluator = Evaluator(
+        settings,
+        parts.benchmarks,
+        parts.prompts,
+        parts.tokenizer,
+        parts.eval_sampler,
+        workdir.eval,
+    )
 
     with checkpoint.Checkpointer(workdir.checkpoints, settings.checkpoint.keep) as checkpoints:
         first_step = checkpoints.latest_step() or 0
+        results.remove_later_students(workdir.eval, first_step)
         if first_step:
             state = checkpoints.restore(first_step, like=jitted.like)
             print(f"continuing after step {first_step}")
             if due(first_step, settings.eval.every, last_step):  # it may have died before that
-                evaluated(student_name(first_step), state.student, parts.prompts.student)
+                evaluator.run(student(settings, first_step), state.student)
         else:
             state = jitted.init(
                 weights.load_params(parts.folder, parts.model, shardings=parts.shardings)
             )
-            evaluated("base", state.student, parts.prompts.student)
-            evaluated("concise_prompt", state.student, parts.prompts.teacher)
+            for name, concise in ((results.BASE, False), (results.CONCISE, True)):
+                base = System(name, settings.model.path, parts.weights, concise)
+                evaluator.run(base, state.student)
 
         with MetricsFile(workdir.metrics, last_step=first_step) as metrics_file:
             progress = Progress(metrics_file, last_step)
@@ -265,15 +285,15 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
                     checkpoints.save(state, step)
                 if due(step, settings.eval.every, last_step):
                     progress.print_pending()
-                    evaluated(student_name(step), state.student, parts.prompts.student)
+                    evaluator.run(student(settings, step), state.student)
                     progress.restart_clock()
     print(compilations)
     finish(settings, workdir)
 
 
-def student_name(step: int) -> str:
-    """Name of the student's evaluation after a step."""
-    return f"student-{step:06d}"
+def student(settings: ConfigDict, step: int) -> System:
+    """The student after a step, as a system to evaluate."""
+    return System(results.student_name(step), settings.model.path, f"step {step}")
 
 
 def due(step: int, every: int, last_step: int) -> bool:
@@ -304,64 +324,12 @@ def write_samples(
     write_json(workdir.samples / f"step-{step:06d}.json", rows)
 
 
-def evaluate_once(
-    settings: ConfigDict,
-    parts: Parts,
-    workdir: Workdir,
-    name: str,
-    params: qwen3.Params,
-    render: Callable[[str], list[int]],
-) -> None:
-    """Evaluates one system into eval/NAME.json, unless that file is there or evaluation is off."""
-    path = workdir.eval / f"{name}.json"
-    if path.exists() or not parts.examples:
-        return
-    began = time.perf_counter()
-    answers = evaluate.answer_all(
-        params,
-        parts.eval_sampler,
-        parts.tokenizer,
-        parts.examples,
-        [render(example.problem) for example in parts.examples],
-        sampling=SamplingParams(
-            settings.eval.temperature, settings.eval.top_p, settings.eval.top_k
-        ),
-        seed=settings.seed,
-        batch_size=settings.eval.batch_size,
-    )
-    summary = evaluate.summarise(answers)
-    write_json(path, {"summary": summary, "answers": [answer._asdict() for answer in answers]})
-    overall = summary["overall"]
-    print(
-        f"evaluated {name}: accuracy {100 * overall['accuracy']:.1f}%, "
-        f"{overall['tokens']:.1f} tokens ({time.perf_counter() - began:.0f} s)",
-        flush=True,
-    )
-
-
 def finish(settings: ConfigDict, workdir: Workdir) -> None:
     """Plots, and the summary whose presence marks the run as finished."""
-    summaries = {path.stem: read_json(path)["summary"] for path in workdir.eval.glob("*.json")}
-    students = {
-        step: summaries[student_name(step)]
-        for step in range(1, settings.train.steps + 1)
-        if student_name(step) in summaries
-    }
-    curve = list(students.items())
-    if summaries:
-        curve.insert(0, (0, summaries["base"]))
-        summaries["student"] = students[settings.train.steps]
-    report.plot(
-        workdir.plots,
-        read_metrics(workdir.metrics),
-        curve,
-        summaries.get("concise_prompt"),
-        settings.teacher.every,
-    )
-    write_json(
-        workdir.summary,
-        {name: summaries[name] for name in report.SYSTEM_NAMES if name in summaries},
-    )
+    summary = summarise(workdir.eval)
+    metrics = read_metrics(workdir.metrics)
+    report.plot(workdir.plots, metrics, summary, settings.teacher.every)
+    write_json(workdir.summary, summary)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Problems: where they come from, and which ones belong to a step."""
 
+from opsdc_jax.data.loading import fingerprint
 from opsdc_jax.data.sources import (
     Evaluation,
     Example,
@@ -7,6 +8,7 @@ from opsdc_jax.data.sources import (
     TableSource,
     evaluation_examples,
     open_source,
+    tiny_evaluation,
 )
 
 __all__ = [
@@ -15,5 +17,7 @@ __all__ = [
     "Source",
     "TableSource",
     "evaluation_examples",
+    "fingerprint",
     "open_source",
+    "tiny_evaluation",
 ]

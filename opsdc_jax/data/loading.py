@@ -93,12 +93,13 @@ def load(
         else:
             examples.append(example)
     report.kept = len(examples)
-    report.fingerprint = _fingerprint(examples)
+    report.fingerprint = fingerprint(examples)
     _refuse_nothing(report)
     return examples, report
 
 
-def _fingerprint(examples: Sequence[Example]) -> str:
+def fingerprint(examples: Sequence[Example]) -> str:
+    """A digest of examples and their order."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update("\0".join((*example, "")).encode())

@@ -18,7 +18,7 @@ _EVAL_SPLITS = {"HuggingFaceH4/aime_2024": "train", "yentinglin/aime_2025": "tra
 
 
 class Source(Protocol):
-    """What training and evaluation need of a data source."""
+    """What training needs of a data source."""
 
     @property
     def report(self) -> str:
@@ -29,20 +29,9 @@ class Source(Protocol):
         """The examples of a step (steps count from 1)."""
         ...
 
-    def evaluation(self, samples_per_level: int) -> list[Example]:
-        """Fresh problems, the same number of every level, disjoint from those trained on.
-
-        Raises:
-          InputError: the source has none.
-        """
-        ...
-
 
 class TinySource:
-    """The embedded synthetic task (opsdc_jax/tiny): endless fresh problems.
-
-    Evaluation problems depend on the seed too, so that seeds are independent replications.
-    """
+    """The embedded synthetic task (opsdc_jax/tiny): endless fresh problems."""
 
     report = "tiny: fresh problems of the embedded task, without end"
 
@@ -51,18 +40,24 @@ class TinySource:
 
     def train(self, step: int, batch_size: int) -> list[Example]:
         first = (step - 1) * batch_size
-        return [self._example(first + row, "train", None) for row in range(batch_size)]
+        return [_tiny(self._seed, first + row, "train") for row in range(batch_size)]
 
-    def evaluation(self, samples_per_level: int) -> list[Example]:
-        return [
-            self._example(index, "eval", level)
-            for level in task.LEVELS
-            for index in range(samples_per_level)
-        ]
 
-    def _example(self, index: int, split: str, level: str | None) -> Example:
-        problem = task.make_problem(self._seed, index, split=split, level=level)
-        return Example(problem.text, problem.answer, problem.level)
+def tiny_evaluation(seed: int, samples_per_level: int) -> list[Example]:
+    """Fresh problems of the embedded task, so many of every level, none of them trained on.
+
+    They depend on the seed too, so that seeds are independent replications.
+    """
+    return [
+        _tiny(seed, index, "eval", level)
+        for level in task.LEVELS
+        for index in range(samples_per_level)
+    ]
+
+
+def _tiny(seed: int, index: int, split: str, level: str | None = None) -> Example:
+    problem = task.make_problem(seed, index, split=split, level=level)
+    return Example(problem.text, problem.answer, problem.level)
 
 
 class TableSource:
@@ -90,12 +85,6 @@ class TableSource:
             for epoch in {position // count for position in positions}
         }
         return [self.examples[orders[p // count][p % count]] for p in positions]
-
-    def evaluation(self, samples_per_level: int) -> list[Example]:
-        raise InputError(
-            "data.source has no evaluation problems of its own: set eval.source, for instance to "
-            "HuggingFaceH4/MATH-500"
-        )
 
 
 def _order(count: int, *entropy: int) -> np.ndarray:

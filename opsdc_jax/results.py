@@ -1,0 +1,135 @@
+"""Files of an evaluation: settings, responses and grades of each system (docs/formats.md)."""
+
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from opsdc_jax.config import InputError, differing_keys
+from opsdc_jax.files import read_json, read_json_lines, write_json, write_json_lines
+
+BASE, CONCISE, STUDENT = "base", "concise_prompt", "student"
+SUMMARY = "summary.json"
+_STUDENT_STEP = re.compile(rf"{STUDENT}-(\d+)")
+
+
+def student_name(step: int) -> str:
+    """Name of the system that is a run's student after a step."""
+    return f"{STUDENT}-{step:06d}"
+
+
+def student_step(system: str) -> int | None:
+    """The step of a `student_name`; None for every other system."""
+    found = _STUDENT_STEP.fullmatch(system)
+    return int(found[1]) if found else None
+
+
+class SystemFiles(NamedTuple):
+    """The files of one system on one benchmark.
+
+    Attributes:
+      folder: the benchmark's.
+      system: name of the system.
+    """
+
+    folder: pathlib.Path
+    system: str
+
+    @property
+    def settings(self) -> pathlib.Path:
+        return self.folder / f"{self.system}.settings.json"
+
+    @property
+    def responses(self) -> pathlib.Path:
+        return self.folder / f"{self.system}.jsonl"
+
+    @property
+    def grades(self) -> pathlib.Path:
+        return self.folder / f"{self.system}.grades.jsonl"
+
+    def open(self, settings: Mapping[str, Any]) -> None:
+        """Writes the settings, or checks that what is there was sampled with the same.
+
+        Raises:
+          InputError: it was not (the keys that differ are named), or nothing can be written.
+        """
+        if self.settings.exists():
+            changed = differing_keys(dict(settings), read_json(self.settings))
+            if changed:
+                raise InputError(
+                    f"{self.responses} holds responses sampled with other settings "
+                    f"({'; '.join(changed)}): choose another folder, or the same settings to go on"
+                )
+            return
+        if self.responses.exists():
+            raise InputError(
+                f"{self.responses} lies there without {self.settings.name}, so nobody knows how it "
+                "was sampled: choose another folder"
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.settings, settings)
+        except OSError as error:
+            raise InputError(
+                f"{self.folder} cannot be written ({error.strerror}): choose another folder"
+            ) from None
+
+    def resume(self, total: int, batch_size: int) -> int:
+        """Drops what a crash left unfinished; returns how many responses stay.
+
+        A torn line goes, and so does an incomplete batch: sampled again with the same rows beside
+        them, its responses come out the same to the last bit.
+        """
+        if not self.responses.exists():
+            return 0
+        lines = kept = end = position = 0
+        with self.responses.open("r+b") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                lines, position = lines + 1, position + len(line)
+                if lines % batch_size == 0 or lines == total:
+                    kept, end = lines, position
+            file.truncate(end)
+        return kept
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Adds responses to the file."""
+        with self.responses.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The responses, one after the other: a whole file can be larger than memory likes."""
+        return read_json_lines(self.responses)
+
+    def read_grades(self) -> list[dict[str, Any]]:
+        return list(read_json_lines(self.grades))
+
+    def write_grades(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        write_json_lines(self.grades, rows)
+
+    def remove(self) -> None:
+        """Deletes all three."""
+        for path in (self.grades, self.responses, self.settings):
+            path.unlink(missing_ok=True)
+
+
+def systems(folder: pathlib.Path) -> list[SystemFiles]:
+    """All systems of a benchmark's folder, by name."""
+    ending = ".settings.json"
+    names = sorted(path.name.removesuffix(ending) for path in folder.glob(f"*{ending}"))
+    return [SystemFiles(folder, name) for name in names]
+
+
+def benchmark_folders(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The benchmarks' folders in an eval folder, by name."""
+    return sorted({path.parent for path in folder.glob("*/*.settings.json")})
+
+
+def remove_later_students(folder: pathlib.Path, step: int) -> None:
+    """Deletes what students after `step` answered: a run that continues there trains them anew."""
+    for benchmark in benchmark_folders(folder):
+        for files in systems(benchmark):
+            if (student_step(files.system) or 0) > step:
+                files.remove()
