@@ -106,13 +106,13 @@ def coverage(
     world: World, problems: int, draws: int, seed: int, methods: Sequence[str] = ("project",)
 ) -> list[dict[str, Any]]:
     """How often each method's interval of each quantity covers the truth, and its mean width."""
-    rng = np.random.default_rng(seed)
+    drawing, resampling = (np.random.default_rng([seed, stream]) for stream in (0, 1))
     truth = world.truth()
     found: dict[tuple[str, str], list[Interval]] = {}
     for _ in range(draws):
-        student, base = world.draw(problems, rng)
+        student, base = world.draw(problems, drawing)
         for method in methods:
-            for quantity, interval in _intervals(method, student, base, rng):
+            for quantity, interval in _intervals(method, student, base, resampling):
                 found.setdefault((quantity, method), []).append(interval)
     rows = []
     for (quantity, method), intervals in sorted(found.items()):

@@ -8,6 +8,7 @@ import pytest
 from helpers import ROOT, load_script
 
 from opsdc_jax import cli
+from opsdc_jax.files import read_json_lines
 from opsdc_jax.metrics import CompileCounter, read_metrics
 from opsdc_jax.models import hf, weights
 from opsdc_jax.tiny import BASE_FOLDER
@@ -74,15 +75,29 @@ def test_the_run_leaves_everything_behind(finished):
 
 def test_the_summary_holds_the_three_systems(finished):
     summary = json.loads((finished / "eval" / "summary.json").read_text())
-    assert list(summary) == ["base", "concise_prompt", "student"]
-    keys = {"accuracy", "accuracy_se", "tokens", "tokens_se", "samples", "truncated"}
-    for system in summary.values():
-        assert system["overall"].keys() == keys
-        assert system["overall"]["samples"] == 12
+    tiny = summary["benchmarks"]["tiny"]
+    assert list(tiny["systems"]) == ["base", "concise_prompt", "student"]
+    for system in tiny["systems"].values():
+        assert system["overall"]["problems"] == 12
         assert list(system["by_level"]) == ["easy", "medium", "hard"]
-        assert all(level.keys() == keys for level in system["by_level"].values())
-    base, concise = (summary[name]["overall"]["tokens"] for name in ("base", "concise_prompt"))
+        for statistics in system["by_level"].values():
+            assert statistics.keys() == system["overall"].keys()
+    base, concise = (
+        tiny["systems"][name]["overall"]["tokens"]["mean"]["value"]
+        for name in ("base", "concise_prompt")
+    )
     assert concise < base
+    assert [point["step"] for point in tiny["curve"]] == [0, 4]
+    assert tiny["systems"]["student"]["settings"]["weights"] == "step 4"
+
+
+def test_every_response_of_the_evaluation_is_kept(finished):
+    folder = finished / "eval" / "tiny"
+    for system in ("base", "concise_prompt", "student-000004"):
+        rows = list(read_json_lines(folder / f"{system}.jsonl"))
+        assert [(row["index"], row["sample"]) for row in rows] == [(i, 0) for i in range(12)]
+        assert all(len(row["text"].split()) == len(row["ids"]) - row["stopped"] for row in rows)
+        assert len(list(read_json_lines(folder / f"{system}.grades.jsonl"))) == 12
 
 
 def test_evaluation_can_be_off(tmp_path, capsys):
@@ -90,7 +105,7 @@ def test_evaluation_can_be_off(tmp_path, capsys):
     assert run(workdir, "--config.eval.source=none", "--config.train.steps=1") == cli.EXIT_DONE
     assert "no evaluation" in capsys.readouterr().out
     assert not (workdir / "plots" / "accuracy.png").exists()
-    assert json.loads((workdir / "eval" / "summary.json").read_text()) == {}
+    assert json.loads((workdir / "eval" / "summary.json").read_text()) == {"benchmarks": {}}
 
 
 def test_samples_hold_the_sampled_ids(finished):
@@ -125,13 +140,13 @@ def test_a_run_killed_in_its_last_evaluation_is_evaluated_when_it_continues(
     class KilledError(Exception):
         pass
 
-    def killed_at_the_end(settings, parts, workdir, name, *rest, call=train.evaluate_once):
-        if name == "student-000004":
+    def killed_at_the_end(self, system, params, run=train.Evaluator.run):
+        if system.name == "student-000004":
             raise KilledError
-        call(settings, parts, workdir, name, *rest)
+        run(self, system, params)
 
     workdir = tmp_path / "run"
-    monkeypatch.setattr(train, "evaluate_once", killed_at_the_end)
+    monkeypatch.setattr(train.Evaluator, "run", killed_at_the_end)
     with pytest.raises(KilledError):
         run(workdir)
     monkeypatch.undo()
@@ -231,7 +246,10 @@ def test_bad_input_stops_before_any_compilation(tmp_path, capsys, arguments, mes
     assert counter.count == 0
 
 
-@pytest.mark.parametrize("script", ["train", "sample", "export", "rehearse", "bench_demo"])
+@pytest.mark.parametrize(
+    "script",
+    ["train", "evaluate", "sample", "export", "rehearse", "bench_demo", "bench_intervals"],
+)
 def test_every_script_explains_itself(script, capsys):
     module = load_script(script)
     with pytest.raises(SystemExit) as exit_:

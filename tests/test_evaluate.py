@@ -1,14 +1,24 @@
-"""Grading and statistics of sampled responses, with a sampler that answers by rule."""
+"""Sampling into files, with a sampler that answers by rule; and scripts/evaluate.py, killed."""
 
-import math
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
 import pytest
+from helpers import ROOT, load_script
 
-from opsdc_jax import evaluate
+from opsdc_jax import cli, evaluate
+from opsdc_jax.benchmarks import Benchmark
+from opsdc_jax.config import InputError, default_config
 from opsdc_jax.data import Example
-from opsdc_jax.evaluate import Answer
+from opsdc_jax.evaluate import Evaluator, System
+from opsdc_jax.results import SystemFiles
 from opsdc_jax.rollout import Rollout
 from opsdc_jax.sampler import SamplingParams
 
@@ -16,7 +26,7 @@ STOP = 7
 
 
 class Parrot:
-    """Tokenizer and sampler in one: the response to prompt [n] is `Answer : n`, n tokens long.
+    """Prompts, tokenizer and sampler in one: the response to [n] is "Answer: n", n tokens long.
 
     Prompts of 5 and more are cut by the budget.
     """
@@ -27,7 +37,7 @@ class Parrot:
 
     def __call__(self, params, prompts, keys, sampling):
         self.batches.append([prompt[0] for prompt in prompts])
-        self.keys.append(jax.random.key_data(keys))
+        self.keys += [tuple(key) for key in jax.random.key_data(keys).tolist()]
         lengths = np.array([prompt[0] for prompt in prompts])
         tokens = np.full((len(prompts), 8), STOP)
         tokens[:, 0] = lengths
@@ -35,62 +45,274 @@ class Parrot:
 
     def decode(self, ids):
         assert len(ids) == ids[0] - (ids[0] < 5), "the stop token is no part of the text"
-        return f"<think> </think> Answer : {ids[0]}"
+        return f"<think> </think> Answer: {ids[0]}"
+
+    def get_vocab(self):
+        return {"<think>": 100, "</think>": 101}
+
+    def student(self, problem):
+        return [int(problem)]
+
+    teacher = student
 
 
-def answers(numbers, golds=None, batch_size=4):
+def examples(numbers):
+    return [Example(str(n), str(n), "odd" if n % 2 else "even") for n in numbers]
+
+
+def sampled(numbers, **options):
     parrot = Parrot()
-    examples = [
-        Example(f"problem {number}", str(gold), "odd" if number % 2 else "even")
-        for number, gold in zip(numbers, golds or numbers, strict=True)
-    ]
-    graded = evaluate.answer_all(
-        None,
-        parrot,
-        parrot,
-        examples,
-        [[number] for number in numbers],
-        sampling=SamplingParams(),
-        seed=0,
-        batch_size=batch_size,
+    options = {"samples": 1, "batch_size": 4} | options
+    batches = list(
+        evaluate.responses(
+            None,
+            parrot,
+            parrot,
+            examples(numbers),
+            [[number] for number in numbers],
+            sampling=SamplingParams(),
+            seed=0,
+            **options,
+        )
     )
-    return graded, parrot
+    return [row for batch in batches for row in batch], parrot
 
 
 def test_each_example_is_answered_once_in_order():
     numbers = [2, 3, 4, 2, 3, 4, 2, 3, 4, 6]
-    graded, parrot = answers(numbers)
-    assert [answer.tokens for answer in graded] == numbers
+    rows, parrot = sampled(numbers)
+    assert [len(row["ids"]) for row in rows] == numbers
+    assert [row["index"] for row in rows] == list(range(10))
     assert {len(batch) for batch in parrot.batches} == {4}, "one shape: the last batch is filled up"
-    assert graded[0] == Answer(
-        "problem 2", "2", "even", "<think> </think> Answer : 2", 2, True, True
+    assert rows[0] == {
+        "index": 0,
+        "sample": 0,
+        "problem": "2",
+        "gold": "2",
+        "level": "even",
+        "ids": [2, STOP],
+        "text": "<think> </think> Answer: 2",
+        "stopped": True,
+        "prompt_tokens": 1,
+    }
+    assert not rows[-1]["stopped"]
+    assert len(rows[-1]["ids"]) == 6
+
+
+def test_samples_of_a_problem_stand_side_by_side():
+    rows, parrot = sampled([2, 3], samples=3)
+    assert [(row["index"], row["sample"]) for row in rows] == [
+        *((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2))
+    ]
+    assert len(set(parrot.keys[:6])) == 6
+
+
+def test_keys_depend_on_the_problem_and_the_sample_alone():
+    """Not on the batch size, nor on where the sampling went on, nor on the number of samples."""
+    numbers = [2, 3, 4, 2]
+    keys = sampled(numbers, samples=2)[1].keys
+    assert len(set(keys)) == 8
+    assert sampled(numbers, samples=2, batch_size=2)[1].keys == keys
+    assert sampled(numbers, samples=2, first=4)[1].keys == keys[4:]
+    assert sampled(numbers)[1].keys == keys[::2]
+
+
+@pytest.fixture
+def evaluator(tmp_path):
+    """An evaluator of two benchmarks, whose sampler is a parrot."""
+    settings = default_config()
+    settings.eval.samples, settings.eval.batch_size = 2, 4
+    parrot = Parrot()
+    benchmarks = [
+        Benchmark(name, name, examples(numbers), "digest", "")
+        for name, numbers in (("small", [2, 3, 6]), ("one", [4]))
+    ]
+    return Evaluator(settings, benchmarks, parrot, parrot, parrot, tmp_path)
+
+
+BASE = System("base", "model", "weights")
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+
+
+def test_a_system_leaves_settings_responses_and_grades(evaluator, capsys):
+    assert not evaluator.open(BASE)
+    evaluator.run(BASE, {})
+    printed = capsys.readouterr().out
+    assert "evaluated base on small: accuracy 66.7%, 3.7 tokens" in printed
+    files = SystemFiles(evaluator.folder / "small", "base")
+    settings = json.loads(files.settings.read_text())
+    assert settings["system"] == "base"
+    assert settings["instruction"] is None
+    assert (settings["think_id"], settings["end_think_id"]) == (100, 101)
+    assert settings["samples"] == 2
+    assert len(list(files.rows())) == 6
+    grades = files.read_grades()
+    assert [grade["scores"]["committed"] for grade in grades] == [True] * 4 + [False] * 2
+    assert [grade["truncated"] for grade in grades] == [False] * 4 + [True] * 2
+    assert [grade["tokens"] for grade in grades] == [2, 2, 3, 3, 6, 6]
+
+
+def test_nothing_is_sampled_or_graded_twice(evaluator):
+    evaluator.run(BASE, {})
+    batches, before = len(evaluator.sampler.batches), contents(evaluator.folder)
+    assert evaluator.open(BASE)
+    evaluator.run(BASE, None)
+    assert len(evaluator.sampler.batches) == batches
+    assert contents(evaluator.folder) == before
+
+
+def test_every_cut_of_the_file_ends_in_the_same_bytes(evaluator):
+    evaluator.run(BASE, {})
+    expected = contents(evaluator.folder)
+    files = SystemFiles(evaluator.folder / "small", "base")
+    whole = files.responses.read_bytes()
+    for end in range(0, len(whole), 97):
+        files.responses.write_bytes(whole[:end])
+        files.grades.unlink()
+        evaluator.run(BASE, {})
+        assert contents(evaluator.folder) == expected, f"cut at byte {end}"
+
+
+def test_sampling_goes_on_at_the_batch_that_is_not_complete(evaluator):
+    evaluator.run(BASE, {})
+    files = SystemFiles(evaluator.folder / "small", "base")
+    files.grades.unlink()
+    lines = files.responses.read_bytes().splitlines(keepends=True)
+    files.responses.write_bytes(b"".join(lines[:5]) + lines[5][:-1])  # its line break is missing
+    evaluator.sampler.batches.clear()
+    evaluator.run(BASE, {})
+    assert evaluator.sampler.batches == [[6, 6, 2, 2]]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("eval.max_response_tokens", 5), ("eval.temperature", 0.5), ("eval.samples", 3), ("seed", 9)],
+)
+def test_other_settings_are_not_mixed_in(evaluator, key, value):
+    evaluator.run(BASE, {})
+    other = evaluator.settings.copy_and_resolve_references()
+    other.update_from_flattened_dict({key: value})
+    with pytest.raises(InputError, match=rf"{key.split('.')[-1]}: .* -> {value}"):
+        dataclasses.replace(evaluator, settings=other).open(BASE)
+
+
+def test_another_model_or_other_problems_are_not_mixed_in(evaluator):
+    evaluator.run(BASE, {})
+    with pytest.raises(InputError, match="weights: 'weights' -> 'others'"):
+        evaluator.open(BASE._replace(weights="others"))
+    others = [evaluator.benchmarks[0]._replace(fingerprint="new")]
+    with pytest.raises(InputError, match="fingerprint: 'digest' -> 'new'"):
+        dataclasses.replace(evaluator, benchmarks=others).open(BASE)
+
+
+def test_another_batch_size_may_go_on(evaluator):
+    evaluator.run(BASE, {})
+    other = evaluator.settings.copy_and_resolve_references()
+    other.eval.batch_size = 1
+    assert dataclasses.replace(evaluator, settings=other).open(BASE)
+
+
+def test_responses_without_settings_are_refused(evaluator):
+    evaluator.run(BASE, {})
+    SystemFiles(evaluator.folder / "small", "base").settings.unlink()
+    with pytest.raises(InputError, match=r"without base.settings.json"):
+        evaluator.open(BASE)
+
+
+script = load_script("evaluate")
+TINY = [
+    *("evaluate.py", "--model", "tiny", "--benchmark", "tiny", "--limit", "15", "--samples", "2"),
+    *("--budget", "100", "--batch_size", "6", "--temperature", "1", "--top_p", "1", "--top_k", "0"),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An evaluation with a "trained" model, which is the base again, that was never interrupted."""
+    out = tmp_path_factory.mktemp("evaluation") / "out"
+    assert cli.run(script.main, [*TINY, "--compare", "tiny", "--out", str(out)]) == cli.EXIT_DONE
+    return out
+
+
+def test_the_same_model_twice_differs_in_nothing(finished):
+    (benchmark,) = json.loads((finished / "eval" / "summary.json").read_text())[
+        "benchmarks"
+    ].values()
+    assert list(benchmark["systems"]) == ["base", "concise_prompt", "student"]
+    base, concise, student = (system["overall"] for system in benchmark["systems"].values())
+    assert base == student
+    assert concise["tokens"]["mean"]["value"] < base["tokens"]["mean"]["value"]
+    same = benchmark["comparisons"][1]
+    assert (same["system"], same["against"]) == ("student", "base")
+    assert same["overall"]["token_reduction"]["overall"]["value"] == 0
+    assert benchmark["curve"] == []
+
+
+def test_a_killed_evaluation_ends_as_if_it_had_never_been(finished, tmp_path):
+    """Killed with SIGKILL, one system done, in the middle of the next."""
+    out = tmp_path / "out"
+    command = [*TINY, "--compare", "tiny", "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / command[0]), *command[1:]],
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
+    responses = out / "eval" / "tiny" / "concise_prompt.jsonl"
+    while process.poll() is None and not responses.exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
+    assert len(responses.read_bytes().splitlines()) < 30
+    assert not (out / "eval" / "summary.json").exists()
+    assert cli.run(script.main, command) == cli.EXIT_DONE
+    assert contents(out) == contents(finished)
 
 
-def test_truncated_and_wrong_answers_do_not_count():
-    graded, _ = answers([2, 3, 6], golds=[2, 4, 6])
-    assert [answer.correct for answer in graded] == [True, False, False]
-    assert [answer.stopped for answer in graded] == [True, True, False]
+def test_regrading_needs_no_model_and_changes_nothing(finished, monkeypatch, capsys):
+    before = contents(finished)
+    for grades in finished.rglob("*.grades.jsonl"):
+        grades.write_text("")
+    monkeypatch.setattr(script, "load", None)
+    assert cli.run(script.main, ["evaluate.py", "--regrade", str(finished)]) == cli.EXIT_DONE
+    assert contents(finished) == before
+    assert "| base, concise prompt" in capsys.readouterr().out
+    one = str(finished / "eval" / "tiny" / "base.jsonl")
+    assert cli.run(script.main, ["evaluate.py", "--regrade", one]) == cli.EXIT_DONE
+    assert contents(finished) == before
 
 
-def test_statistics_by_level():
-    graded, _ = answers([2, 3, 4, 6], golds=[2, 9, 4, 6])
-    summary = evaluate.summarise(graded)
-    overall = summary["overall"]
-    assert overall["samples"] == 4
-    assert overall["accuracy"] == 0.5
-    assert overall["tokens"] == pytest.approx(15 / 4)
-    assert overall["truncated"] == 0.25
-    assert overall["tokens_se"] == pytest.approx(np.std([2, 3, 4, 6], ddof=1) / math.sqrt(4))
-    assert overall["accuracy_se"] == pytest.approx(np.std([1, 0, 1, 0], ddof=1) / math.sqrt(4))
-    assert set(summary["by_level"]) == {"even", "odd"}
-    assert summary["by_level"]["even"]["samples"] == 3
-    assert summary["by_level"]["odd"]["accuracy"] == 0
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", ""], "--out is required"),
+        (["--model", ""], "--model is required"),
+        (["--model", "/nowhere"], "'/nowhere' is neither a folder nor a hub id"),
+        (["--compare", "/nowhere"], "'/nowhere' is neither a folder nor a hub id"),
+        (["--benchmark", "nothing"], "eval.source='nothing' is not known"),
+        (["--benchmark", "none"], "leaves nothing to do"),
+        (["--budget", "511"], "--budget=511 is too much"),
+        (["--temperature", "0"], "would all be the same"),
+        (["--top_p", "0"], "eval.top_p=0.0 must be above 0"),
+        (["--instruction", "v9"], "prompts.instruction='v9'"),
+        (["--template", "none"], "prompts.template='none'"),
+        (["--regrade", "/nowhere"], "/nowhere"),
+        (["--regrade", str(ROOT / "README.md")], "is no <system>.jsonl"),
+        (["--regrade", str(ROOT / "docs")], "holds no responses"),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(arguments, message, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.run(script.main, [*TINY, "--out", str(out), *arguments]) == cli.EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not out.exists()
 
 
-def test_systems_share_their_random_numbers():
-    """Keys depend on the seed and on the example's index alone, not on the batch size."""
-    (_, pairs), (_, fours) = (answers([2, 3, 4, 2], batch_size=size) for size in (2, 4))
-    keys = np.concatenate(pairs.keys)
-    np.testing.assert_array_equal(keys, np.concatenate(fours.keys))
-    assert len({tuple(key) for key in keys.tolist()}) == 4
+def test_a_training_run_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert cli.run(script.main, [*TINY, "--out", str(tmp_path)]) == cli.EXIT_BAD_INPUT
+    assert "is the folder of a training run" in capsys.readouterr().err

@@ -1,16 +1,18 @@
 """The final table and the plots."""
 
+import pytest
+
 from opsdc_jax import report
+
+
+def estimate(value, half):
+    return {"value": value, "low": value - half, "high": value + half}
 
 
 def statistics(accuracy, tokens):
     return {
-        "samples": 100,
-        "accuracy": accuracy,
-        "accuracy_se": 0.01,
-        "tokens": tokens,
-        "tokens_se": 0.5,
-        "truncated": 0.0,
+        "scores": {"committed": estimate(accuracy, 0.02), "boxed": estimate(0.0, 0.0)},
+        "tokens": {"mean": estimate(tokens, 1.0), "median": tokens, "p90": tokens},
     }
 
 
@@ -21,43 +23,87 @@ def system(accuracy, tokens):
     }
 
 
-SUMMARY = {
-    "base": system(0.7, 90.0),
-    "concise_prompt": system(0.8, 60.0),
-    "student": system(0.75, 40.5),
-}
+def comparison(name, gain, reduction, easy, hard):
+    def differences(value):
+        return {
+            "scores": {"committed": estimate(gain, 0.03)},
+            "token_reduction": {"overall": estimate(value, 0.01)},
+        }
+
+    return {
+        "system": name,
+        "against": "base",
+        "overall": differences(reduction),
+        "by_level": {"easy": differences(easy), "hard": differences(hard)},
+    }
+
+
+def benchmark(gain=0.05, reduction=0.55, easy=0.5, hard=0.6):
+    return {
+        "systems": {
+            "base": system(0.7, 90.0),
+            "concise_prompt": system(0.8, 60.0),
+            "student": system(0.7 + gain, 40.5),
+        },
+        "comparisons": [
+            comparison("concise_prompt", 0.1, 1 / 3, 1 / 3, 1 / 3),
+            comparison("student", gain, reduction, easy, hard),
+        ],
+        "curve": [
+            {"step": 0, "statistics": statistics(0.7, 90.0)},
+            {"step": 4, "statistics": statistics(0.75, 40.5)},
+        ],
+        "warnings": [],
+    }
 
 
 def test_table_shows_three_systems_with_intervals_and_the_change_in_length():
-    lines = report.table(SUMMARY).splitlines()
+    lines = report.table(benchmark()).splitlines()
     assert len(lines) == 5
     assert len({len(line) for line in lines}) == 1, "columns line up"
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert cells[0] == ["accuracy % / tokens", "easy", "hard", "all (95%)", "length"]
+    assert cells[0] == ["accuracy % / tokens", "easy", "hard", "all (95%)", "length (95%)"]
     assert cells[2] == [
         "base, plain prompt", "70.0 / 90.0", "50.0 / 180.0", "70.0 ± 2.0 / 90.0 ± 1.0", ""
     ]  # fmt: skip
     assert cells[4][0] == "student, plain prompt"
-    assert cells[4][-1] == "-55.0%"
+    assert cells[4][-1] == "-55.0 ± 1.0%"
 
 
-def test_claims_hold_where_they_do():
-    held = {claim.name: claim.held for claim in report.claims(SUMMARY)}
-    assert held == {"compression": True, "accuracy_held": True, "easy_first": False}
-    assert "DOES NOT HOLD" in report.verdict(SUMMARY)
-    # Base 0.7 and student 0.67, each with a standard error of 0.01: inside 1.96 * 0.0141 = 0.0277?
-    for accuracy, expected in ((0.673, True), (0.672, False)):
-        student = system(accuracy, 46.0)
-        student["by_level"]["hard"]["tokens"] = 170.0
-        held = {c.name: c.held for c in report.claims(SUMMARY | {"student": student})}
-        assert held == {"compression": False, "accuracy_held": expected, "easy_first": True}
+def test_a_table_needs_no_levels_no_intervals_and_no_base():
+    alone = benchmark() | {"comparisons": []}
+    alone["systems"] = {"student": system(0.7, 90.0) | {"by_level": {}}}
+    alone["systems"]["student"]["overall"]["tokens"]["mean"] |= {"low": None, "high": None}
+    header, _, row = report.table(alone).splitlines()
+    assert [cell.strip() for cell in header.split("|")[2:-1]] == ["all (95%)", "length (95%)"]
+    assert "70.0 ± 2.0 / 90.0 ± 0.0" in row
+    assert report.claims(alone) == []
 
 
-def test_levels_are_ordered_and_unnamed_ones_left_out():
-    base = system(0.7, 90.0)
-    base["by_level"] = {level: statistics(0.5, 100.0) for level in ("5", "1", "hard", "easy", "")}
-    header = report.table({"base": base}).splitlines()[0]
-    assert [cell.strip() for cell in header.split("|")[2:-3]] == ["easy", "hard", "1", "5"]
+@pytest.mark.parametrize(
+    ("measured", "failing"),
+    [
+        ({}, {"easy_first"}),
+        ({"easy": 0.6, "hard": 0.5}, set()),
+        ({"reduction": 0.49, "easy": 0.6, "hard": 0.5}, {"compression"}),
+        # The interval of the difference is +-3 points.
+        ({"gain": -0.029, "easy": 0.6, "hard": 0.5}, set()),
+        ({"gain": -0.031, "easy": 0.6, "hard": 0.5}, {"accuracy_held"}),
+    ],
+)
+def test_claims_hold_where_they_do(measured, failing):
+    found = report.claims(benchmark(**measured))
+    assert {claim.name for claim in found if not claim.held} == failing
+    assert ("DOES NOT HOLD" in report.verdict(benchmark(**measured))) == bool(failing)
+
+
+def test_every_benchmark_has_its_table_and_its_warnings():
+    warned = benchmark() | {"warnings": ["too few samples"]}
+    printed = report.tables({"benchmarks": {"first": benchmark(), "second": warned}})
+    assert printed.count("| base, plain prompt") == 2
+    assert printed.count("claim of the paper") == 2
+    assert printed.index("\nsecond\n") < printed.index("warning: too few samples")
+    assert "no evaluation" in report.tables({"benchmarks": {}})
 
 
 def test_plots_are_pictures(tmp_path):
@@ -71,8 +117,7 @@ def test_plots_are_pictures(tmp_path):
         }
         for step in (1, 2, 3, 4)
     ]
-    evaluations = [(0, SUMMARY["base"]), (4, SUMMARY["student"])]
-    report.plot(tmp_path, metrics, evaluations, SUMMARY["concise_prompt"], teacher_every=2)
+    report.plot(tmp_path, metrics, {"benchmarks": {"tiny": benchmark()}}, teacher_every=2)
     for name in ("loss", "length", "entropy", "accuracy", "overview"):
         content = (tmp_path / f"{name}.png").read_bytes()
         assert content.startswith(b"\x89PNG")
