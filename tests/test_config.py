@@ -45,6 +45,8 @@ def test_every_config_is_valid_and_adds_no_key(path):
         ("sampler.temperature", float("nan"), "must not be negative"),
         ("sampler.top_p", 0.0, "sampler.top_p=0.0 must be above 0 and at most 1"),
         ("eval.top_p", 1.5, "must be above 0"),
+        ("eval.samples", 0, "eval.samples=0 must be positive"),
+        ("eval.temperature", 0.0, "eval.samples=8 at eval.temperature=0 would all be the same"),
         ("optim.lr", -1e-6, "optim.lr"),
         ("optim.b2", 1.0, "must be in"),
         ("loss.divergence", "kl", "is not one of.*reverse_kl"),
