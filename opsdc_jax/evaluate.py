@@ -32,7 +32,7 @@ class System(NamedTuple):
 
     Attributes:
       name: of its files.
-      model: folder or hub id of the weights' architecture, as the user gave it.
+      model: folder or hub id as the user gave it; of a run's student, its base.
       weights: what tells these weights from others: a digest, or the step of a run.
       concise: whether it is asked under the conciseness instruction.
     """

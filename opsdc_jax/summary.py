@@ -216,8 +216,8 @@ def warnings(systems: Mapping[str, Graded], budget: int) -> list[str]:
     problems, samples = next(iter(systems.values())).correct.shape
     if problems < _FEW_PROBLEMS and samples < _SAMPLES_OF_FEW:
         found.append(
-            f"{samples} samples of {problems} problems are too few to tell systems apart: take at "
-            f"least {_SAMPLES_OF_FEW} samples"
+            f"k = {samples} on {problems} problems is too little to tell systems apart: take at "
+            f"least k = {_SAMPLES_OF_FEW} samples of each"
         )
     for name, graded in systems.items():
         truncated, unparsed, timed_out = (

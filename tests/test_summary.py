@@ -178,7 +178,7 @@ def graded(problems=200, samples=8, tokens=50, **flags):
         (graded(), []),
         (graded(truncated=0.02), []),
         (graded(truncated=0.03), ["cut 3.0% of the responses"]),
-        (graded(problems=30, samples=8), ["8 samples of 30 problems are too few"]),
+        (graded(problems=30, samples=8), ["k = 8 on 30 problems is too little"]),
         (graded(problems=30, samples=32), []),
         (graded(tokens=100), ["90th percentile"]),
         (graded(unparsed=0.1), ["10.0% of the responses ended without an answer"]),
