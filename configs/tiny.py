@@ -44,4 +44,6 @@ def get_config() -> ConfigDict:
     config.eval.temperature = 1.0
     config.eval.top_p = 1.0
     config.eval.top_k = 0
+
+    config.log.token_views = 32  # short responses: all of a batch, for a ranking of words
     return config

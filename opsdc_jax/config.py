@@ -100,8 +100,11 @@ def default_config() -> ConfigDict:
     config.checkpoint.keep = 2  # newest checkpoints kept
 
     config.log = ConfigDict()
-    config.log.samples_every = 10  # steps between rollouts written to samples/
+    config.log.samples_every = 10  # steps between rollouts written to samples/; 0 = first and last
     config.log.samples = 4  # rollouts written each time
+    config.log.token_views = 4  # of them compared with the teacher token by token; 0 = off
+    config.log.tensorboard = False  # metrics.jsonl also as event files in tensorboard/
+    config.log.wandb = False  # metrics.jsonl also to Weights & Biases
     return config
 
 
@@ -134,6 +137,7 @@ _NOT_NEGATIVE = (
     "checkpoint.every_steps",
     "log.samples_every",
     "log.samples",
+    "log.token_views",
 )
 _CHOICES = {
     "model.compute_dtype": DTYPES,

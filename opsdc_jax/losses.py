@@ -50,6 +50,16 @@ def jsd(log_q: LogProbs, log_p: LogProbs) -> jax.Array:
     return 0.5 * (reverse_kl(log_q, log_m) + reverse_kl(log_p, log_m))
 
 
+def log_probs(hidden: jax.Array, head_VxD: jax.Array, vocab_size: int) -> LogProbs:
+    """Float32 log-probabilities [..., V], normalised over the tokenizer's `vocab_size` entries."""
+    return jax.nn.log_softmax(qwen3.logits(hidden, head_VxD, vocab_size), axis=-1)
+
+
+def entropy(log_p: LogProbs) -> jax.Array:
+    """-sum_v p log p, in nats."""
+    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
 DIVERGENCES: dict[str, Callable[[LogProbs, LogProbs], jax.Array]] = {
     "reverse_kl": reverse_kl,
     "forward_kl": forward_kl,
@@ -90,7 +100,7 @@ def divergence_sums(
         )
         return merge_sums(sums, partial), None
 
-    sums, _ = jax.lax.scan(add, zero_sums(), _in_chunks(inputs, chunk))
+    sums, _ = jax.lax.scan(add, zero_sums(), in_chunks(inputs, chunk))
     return sums
 
 
@@ -120,7 +130,7 @@ def _forward(
 
     zeros = jnp.zeros(student_head_VxD.shape, jnp.float32)
     (sums, head_gradient), hidden_gradient = jax.lax.scan(
-        add, (zero_sums(), zeros), _in_chunks(inputs, chunk)
+        add, (zero_sums(), zeros), in_chunks(inputs, chunk)
     )
     hidden_gradient = hidden_gradient.reshape(-1, student_NxD.shape[1])[: student_NxD.shape[0]]
     return sums, (hidden_gradient, head_gradient.astype(student_head_VxD.dtype))
@@ -151,27 +161,20 @@ def _chunk_sums(
 ) -> tuple[jax.Array, TokenSums]:
     """One chunk: its summed divergence (to differentiate) and all sums (to log)."""
     teacher_CxD, tokens_C, logprobs_C, mask_C = rest
-
-    def log_softmax(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        return jax.nn.log_softmax(qwen3.logits(hidden, head, vocab_size), axis=-1)
-
-    log_q = log_softmax(student_CxD, student_head_VxD)
-    log_p = jax.lax.stop_gradient(log_softmax(teacher_CxD, teacher_head_VxD))
+    log_q = log_probs(student_CxD, student_head_VxD, vocab_size)
+    log_p = jax.lax.stop_gradient(log_probs(teacher_CxD, teacher_head_VxD, vocab_size))
     divergence = jnp.sum(jnp.where(mask_C, DIVERGENCES[name](log_q, log_p), 0.0))
 
     def total(values_C: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(mask_C, values_C, 0.0))
-
-    def entropy(log_probs: jax.Array) -> jax.Array:
-        return total(-jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1))
 
     log_q_detached = jax.lax.stop_gradient(log_q)
     sampled_C = jnp.take_along_axis(log_q_detached, tokens_C[:, None], axis=-1)[:, 0]
     gap_C = jnp.where(mask_C, jnp.abs(sampled_C - logprobs_C), 0.0)
     return divergence, TokenSums(
         divergence=jax.lax.stop_gradient(divergence),
-        student_entropy=entropy(log_q_detached),
-        teacher_entropy=entropy(log_p),
+        student_entropy=total(entropy(log_q_detached)),
+        teacher_entropy=total(entropy(log_p)),
         gap=jnp.sum(gap_C),
         gap_max=jnp.max(gap_C),
     )
@@ -188,7 +191,7 @@ def merge_sums(left: TokenSums, right: TokenSums) -> TokenSums:
     return added._replace(gap_max=jnp.maximum(left.gap_max, right.gap_max))
 
 
-def _in_chunks(inputs: tuple[jax.Array, ...], chunk: int) -> tuple[jax.Array, ...]:
+def in_chunks(inputs: tuple[jax.Array, ...], chunk: int) -> tuple[jax.Array, ...]:
     """[N, ...] -> [chunks, C, ...], padded with zeros (the mask's padding is False)."""
     chunk = min(chunk, inputs[0].shape[0])
 

@@ -1,13 +1,86 @@
-"""metrics.jsonl, one object a step, and the count of compilations."""
+"""metrics.jsonl, one object a step, its mirrors, and the count of compilations."""
 
+import importlib.util
 import json
 import pathlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import jax
 
+from opsdc_jax.config import InputError
+
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
+
+
+class Mirror(Protocol):
+    """Another place that shows the rows of metrics.jsonl."""
+
+    def write(self, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Every number of a row as a scalar of an event file, which TensorBoard draws over steps.
+
+    Args:
+      folder: of the event files; created if absent.
+      last_step: scalars of later steps are hidden, since a resumed run writes them again.
+    """
+
+    def __init__(self, folder: pathlib.Path, last_step: int):
+        import tensorboardX
+
+        self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=last_step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        for name in row.keys() - {"step"}:
+            self._writer.add_scalar(name, row[name], row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Every row as a step of a run on Weights & Biases; WANDB_* variables say where and how.
+
+    Args:
+      workdir: of the run, whose name it takes; a resumed run continues under the same id.
+      config: the run's configuration, shown beside it.
+    """
+
+    def __init__(self, workdir: pathlib.Path, config: dict[str, Any]):
+        import wandb
+
+        name = workdir.resolve().name
+        self._run = wandb.init(
+            project="opsdc_jax", name=name, id=name, resume="allow", dir=workdir, config=config
+        )
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._run.log(row, step=row["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_mirrors(log: Any) -> None:
+    """Refuses mirrors whose package is not installed.
+
+    Args:
+      log: the `log` section of the run's configuration.
+
+    Raises:
+      InputError: naming what to install.
+    """
+    for key, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        if log[key] and importlib.util.find_spec(package) is None:
+            raise InputError(
+                f"log.{key}=True needs the package {package}, which is not installed: "
+                f"pip install 'opsdc-jax[{key}]', or leave log.{key} at False"
+            )
 
 
 class MetricsFile:
@@ -16,9 +89,11 @@ class MetricsFile:
     Args:
       path: the file; created if absent.
       last_step: lines of later steps are dropped first, since a resumed run writes them again.
+      mirrors: get every row too; closed with the file.
     """
 
-    def __init__(self, path: pathlib.Path, last_step: int):
+    def __init__(self, path: pathlib.Path, last_step: int, mirrors: Sequence[Mirror] = ()):
+        self._mirrors = mirrors
         kept = [row for row in read_metrics(path) if row["step"] <= last_step]
         # Replaced in one go: a crash here must not cost the history.
         rewritten = path.with_suffix(".tmp")
@@ -29,12 +104,16 @@ class MetricsFile:
     def write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        for mirror in self._mirrors:
+            mirror.write(row)
 
     def __enter__(self) -> "MetricsFile":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
+        for mirror in self._mirrors:
+            mirror.close()
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:

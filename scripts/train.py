@@ -21,11 +21,22 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from opsdc_jax import checkpoint, cli, config, data, distill, report, results, rollout, sharding
+from opsdc_jax import (
+    checkpoint,
+    cli,
+    config,
+    data,
+    distill,
+    report,
+    results,
+    rollout,
+    sharding,
+    token_view,
+)
 from opsdc_jax.benchmarks import Benchmark, open_benchmarks
 from opsdc_jax.data import Example
 from opsdc_jax.evaluate import Evaluator, System
-from opsdc_jax.files import fingerprint, read_json, write_json
+from opsdc_jax.files import fingerprint, read_json, write_json, write_json_lines
 from opsdc_jax.metrics import CompileCounter, MetricsFile, read_metrics
 from opsdc_jax.models import hf, qwen3, weights
 from opsdc_jax.models.qwen3 import Qwen3Config
@@ -33,6 +44,7 @@ from opsdc_jax.progress import Progress
 from opsdc_jax.prompts import Prompts
 from opsdc_jax.sampler import TRAIN_STREAM, Sampler, SamplingParams, sequence_keys
 from opsdc_jax.summary import summarise
+from opsdc_jax.token_view import TokenViewer
 from opsdc_jax.workdir import Workdir, beside_finished, is_finished
 
 
@@ -212,10 +224,24 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
         shardings=parts.shardings,
         teacher_dtype=settings.model.teacher_dtype,
     )
+    rows = sharding.batch_sharding(parts.mesh)
+    viewer = TokenViewer(
+        compare=token_view.make_compare(
+            parts.model,
+            chunk_tokens=settings.loss.chunk_tokens,
+            vocab_size=len(parts.tokenizer),
+            shardings=parts.shardings,
+        ),
+        tokenizer=parts.tokenizer,
+        rows=rows,
+        rows_at_a_time=settings.train.micro_batch_size,
+        prompt_width=settings.sampler.max_prompt_tokens,
+        response_width=settings.sampler.max_response_tokens,
+        pad_id=parts.tokenizer.pad_token_id,
+    )
     sampling = SamplingParams(
         settings.sampler.temperature, settings.sampler.top_p, settings.sampler.top_k
     )
-    rows = sharding.batch_sharding(parts.mesh)
     response_buckets = rollout.length_buckets(settings.sampler.max_response_tokens)
     batch_size, last_step = settings.train.batch_size, settings.train.steps
 
@@ -254,6 +280,17 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
                 sampled = parts.sampler(state.student, student_prompts, keys, sampling)
                 progress.print_pending()  # the last step's metrics, while this step's rollout runs
                 sampled = jax.device_get(sampled)
+                if step == 1 or due(step, settings.log.samples_every, last_step):
+                    # Before the update: by the very student that sampled, and its teacher.
+                    views = viewer(
+                        state.student,
+                        state.teacher,
+                        sampled,
+                        student_prompts,
+                        teacher_prompts,
+                        settings.log.token_views,
+                    )
+                    write_samples(workdir, step, examples, sampled, views, parts, settings)
 
                 accumulator = jitted.zeros(state.student)
                 for micro_batch in rollout.micro_batches(
@@ -278,8 +315,6 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
                     state = dataclasses.replace(state, teacher=teacher)
 
                 progress.add(step, metrics, sampled, compilations.count)
-                if due(step, settings.log.samples_every, last_step):
-                    write_samples(workdir, step, examples, sampled, parts, settings.log.samples)
                 if due(step, settings.checkpoint.every_steps, last_step):
                     progress.print_pending()  # a saved step must not miss in metrics.jsonl
                     checkpoints.save(state, step)
@@ -306,12 +341,13 @@ def write_samples(
     step: int,
     examples: Sequence[Example],
     sampled: rollout.Rollout,
+    views: Sequence[dict[str, Any]],
     parts: Parts,
-    count: int,
+    settings: ConfigDict,
 ) -> None:
-    """The first `count` rollouts of a step, ids and text, to samples/step-N.json."""
+    """The first rollouts of a step: ids and text to samples/step-N.json, views to tokens-N.json."""
     rows = []
-    for row, example in enumerate(examples[:count]):
+    for row, example in enumerate(examples[: settings.log.samples]):
         ids = sampled.tokens_BxR[row, : sampled.lengths_B[row]].tolist()
         rows.append(
             {
@@ -322,6 +358,12 @@ def write_samples(
             }
         )
     write_json(workdir.samples / f"step-{step:06d}.json", rows)
+    if views:
+        rows = [
+            {**example._asdict(), "stopped": bool(stopped), **view}
+            for example, stopped, view in zip(examples, sampled.stopped_B, views, strict=False)
+        ]
+        write_json_lines(workdir.samples / f"tokens-{step:06d}.jsonl", rows)
 
 
 def finish(settings: ConfigDict, workdir: Workdir) -> None:
