@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import secrets
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -47,16 +48,23 @@ class WeightsAndBiases:
     """Every row as a step of a run on Weights & Biases; WANDB_* variables say where and how.
 
     Args:
-      workdir: of the run, whose name it takes; a resumed run continues under the same id.
+      workdir: of the run, whose name it takes; wandb_id in it lets a resumed run continue there.
       config: the run's configuration, shown beside it.
     """
 
     def __init__(self, workdir: pathlib.Path, config: dict[str, Any]):
         import wandb
 
-        name = workdir.resolve().name
+        id_file = workdir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(8), encoding="utf-8")
         self._run = wandb.init(
-            project="opsdc_jax", name=name, id=name, resume="allow", dir=workdir, config=config
+            project="opsdc_jax",
+            name=workdir.resolve().name,
+            id=id_file.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=str(workdir),
+            config=config,
         )
 
     def write(self, row: dict[str, Any]) -> None:
@@ -81,6 +89,16 @@ def check_mirrors(log: Any) -> None:
                 f"log.{key}=True needs the package {package}, which is not installed: "
                 f"pip install 'opsdc-jax[{key}]', or leave log.{key} at False"
             )
+
+
+def open_mirrors(workdir: pathlib.Path, config: Any, last_step: int) -> list[Mirror]:
+    """The mirrors that `config.log` switches on, for a run whose steps up to `last_step` stay."""
+    mirrors: list[Mirror] = []
+    if config.log.tensorboard:
+        mirrors.append(TensorBoard(workdir / "tensorboard", last_step))
+    if config.log.wandb:
+        mirrors.append(WeightsAndBiases(workdir, config.to_dict()))
+    return mirrors
 
 
 class MetricsFile:

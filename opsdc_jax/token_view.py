@@ -19,7 +19,7 @@ from opsdc_jax import losses
 from opsdc_jax.distill import response_hidden
 from opsdc_jax.models import qwen3
 from opsdc_jax.models.qwen3 import Params, Qwen3Config
-from opsdc_jax.rollout import DistillBatch, Rollout, pair
+from opsdc_jax.rollout import Array, DistillBatch, Rollout, pair
 
 CHOICES = 5  # most likely tokens kept of either side: what fits beside a token on a screen
 
@@ -39,15 +39,15 @@ class TokenViews(NamedTuple):
       student_probs, teacher_probs: their probabilities.
     """
 
-    kl: jax.Array
-    student_entropy: jax.Array
-    teacher_entropy: jax.Array
-    student_prob: jax.Array
-    teacher_prob: jax.Array
-    student_ids: jax.Array
-    student_probs: jax.Array
-    teacher_ids: jax.Array
-    teacher_probs: jax.Array
+    kl: Array
+    student_entropy: Array
+    teacher_entropy: Array
+    student_prob: Array
+    teacher_prob: Array
+    student_ids: Array
+    student_probs: Array
+    teacher_ids: Array
+    teacher_probs: Array
 
 
 Compare = Callable[[Params, Params, DistillBatch], TokenViews]
@@ -80,7 +80,7 @@ def make_compare(
         )
         heads = qwen3.unembedding(student), qwen3.unembedding(teacher)
         views = jax.lax.map(
-            lambda part: _compare_chunk(*part, *heads, vocab_size),
+            lambda part: _compare_chunk(part, heads, vocab_size),
             losses.in_chunks(inputs, chunk_tokens),
         )
 
@@ -94,13 +94,11 @@ def make_compare(
 
 
 def _compare_chunk(
-    student_CxD: jax.Array,
-    teacher_CxD: jax.Array,
-    tokens_C: jax.Array,
-    student_head_VxD: jax.Array,
-    teacher_head_VxD: jax.Array,
-    vocab_size: int,
+    part: tuple[jax.Array, ...], heads: tuple[jax.Array, jax.Array], vocab_size: int
 ) -> TokenViews:
+    """One chunk: (student's hidden states, teacher's, sampled ids), and both output heads."""
+    student_CxD, teacher_CxD, tokens_C = part
+    student_head_VxD, teacher_head_VxD = heads
     log_q_CxV = losses.log_probs(student_CxD, student_head_VxD, vocab_size)
     log_p_CxV = losses.log_probs(teacher_CxD, teacher_head_VxD, vocab_size)
 

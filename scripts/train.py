@@ -37,7 +37,13 @@ from opsdc_jax.benchmarks import Benchmark, open_benchmarks
 from opsdc_jax.data import Example
 from opsdc_jax.evaluate import Evaluator, System
 from opsdc_jax.files import fingerprint, read_json, write_json, write_json_lines
-from opsdc_jax.metrics import CompileCounter, MetricsFile, read_metrics
+from opsdc_jax.metrics import (
+    CompileCounter,
+    MetricsFile,
+    check_mirrors,
+    open_mirrors,
+    read_metrics,
+)
 from opsdc_jax.models import hf, qwen3, weights
 from opsdc_jax.models.qwen3 import Qwen3Config
 from opsdc_jax.progress import Progress
@@ -83,6 +89,7 @@ def main(argv: Sequence[str]) -> int:
     )
     args = cli.parse(values, argv)
     config.validate(args.config)
+    check_mirrors(args.config.log)
     path = args.workdir or f"runs/{cli.config_name(argv)}"
     workdir = Workdir(beside_finished(path) if args.new_if_finished else path, args.config)
     if not is_finished(workdir.path):
@@ -270,7 +277,8 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
                 base = System(name, settings.model.path, parts.weights, concise)
                 evaluator.run(base, state.student)
 
-        with MetricsFile(workdir.metrics, last_step=first_step) as metrics_file:
+        mirrors = open_mirrors(workdir.path, settings, first_step)
+        with MetricsFile(workdir.metrics, first_step, mirrors) as metrics_file:
             progress = Progress(metrics_file, last_step)
             for step in range(first_step + 1, last_step + 1):
                 examples = parts.source.train(step, batch_size)

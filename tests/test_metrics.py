@@ -1,8 +1,21 @@
-"""metrics.jsonl survives resumes and torn lines; compilations are counted."""
+"""metrics.jsonl survives resumes and torn lines; its mirrors; compilations are counted."""
+
+import importlib.util
+import struct
+import sys
+import types
 
 import jax
+import pytest
 
-from opsdc_jax.metrics import CompileCounter, MetricsFile, read_metrics
+from opsdc_jax.config import InputError, default_config
+from opsdc_jax.metrics import (
+    CompileCounter,
+    MetricsFile,
+    check_mirrors,
+    open_mirrors,
+    read_metrics,
+)
 
 
 def write(path, last_step, steps):
@@ -47,3 +60,84 @@ def test_counter_counts_compilations_from_its_creation():
     double(3)  # another dtype
     assert counter.count == 1
     assert counter.seconds > 0
+
+
+def config(**log):
+    settings = default_config()
+    settings.log.update(log)
+    return settings
+
+
+def written(path, last_step, steps, settings):
+    mirrors = open_mirrors(path, settings, last_step)
+    with MetricsFile(path / "metrics.jsonl", last_step, mirrors) as file:
+        for step in steps:
+            file.write({"step": step, "loss": step / 8})
+
+
+def events(folder):
+    """(step, name, value) of every scalar in the event files of a folder, oldest file first.
+
+    An event file is a sequence of records: length (uint64), its checksum, the event, its checksum.
+    """
+    from tensorboardX.proto import event_pb2
+
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = event_pb2.Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            if event.HasField("session_log"):
+                assert event.session_log.status == event_pb2.SessionLog.START
+                yield event.step, "restart", None
+            for value in event.summary.value:
+                yield event.step, value.tag, value.simple_value
+
+
+def test_by_default_there_is_only_the_file(tmp_path):
+    assert open_mirrors(tmp_path, default_config(), 0) == []
+
+
+def test_tensorboard_gets_every_number_and_a_resumed_run_hides_what_it_repeats(tmp_path):
+    pytest.importorskip("tensorboardX")
+    settings = config(tensorboard=True)
+    written(tmp_path, 0, [1, 2, 3], settings)
+    scalars = [event for event in events(tmp_path / "tensorboard") if event[1] == "loss"]
+    assert scalars == [(1, "loss", 0.125), (2, "loss", 0.25), (3, "loss", 0.375)]
+    written(tmp_path, 2, [3], settings)
+    assert (3, "restart", None) in list(events(tmp_path / "tensorboard"))
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_weights_and_biases_continues_the_run_of_the_folder(tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        def log(self, row, step):
+            calls.append((row, step))
+
+        def finish(self):
+            calls.append("finished")
+
+    def init(**arguments):
+        calls.append(arguments)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for last_step, steps in ((0, [1]), (1, [2])):
+        written(tmp_path, last_step, steps, config(wandb=True))
+    assert calls[1:3] == [({"step": 1, "loss": 0.125}, 1), "finished"]
+    assert calls[4:] == [({"step": 2, "loss": 0.25}, 2), "finished"]
+    assert calls[0] == calls[3], "the same id, so that it continues"
+    assert calls[0]["resume"] == "allow"
+    assert calls[0]["config"]["log"]["wandb"] is True
+    assert calls[0]["name"] == tmp_path.name
+
+
+@pytest.mark.parametrize(("key", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+def test_a_mirror_that_is_not_installed_is_named(key, package, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_mirrors(default_config().log)
+    with pytest.raises(InputError, match=rf"needs the package {package}.*opsdc-jax\[{key}\]"):
+        check_mirrors(config(**{key: True}).log)

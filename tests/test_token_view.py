@@ -30,9 +30,7 @@ SAMPLED = Rollout(
 )
 STUDENT_PROMPTS = [DRAWN.integers(0, ENTRIES, n).tolist() for n in (4, 2, 3)]
 TEACHER_PROMPTS = [DRAWN.integers(0, ENTRIES, n).tolist() for n in (6, 5, 7)]
-BATCH = pair(
-    SAMPLED, STUDENT_PROMPTS, TEACHER_PROMPTS, prompt_width=7, response_width=12, pad_id=0
-)
+BATCH = pair(SAMPLED, STUDENT_PROMPTS, TEACHER_PROMPTS, prompt_width=7, response_width=12, pad_id=0)
 MASK = np.arange(12) < np.array(LENGTHS)[:, None]
 
 
@@ -105,9 +103,7 @@ def test_every_number_matches_float64():
         close(getattr(found, f"{side}_prob")[MASK], sampled[MASK])
         ids = np.argsort(-probs, axis=-1)[:, :, :CHOICES]
         np.testing.assert_array_equal(getattr(found, f"{side}_ids")[MASK], ids[MASK])
-        close(
-            getattr(found, f"{side}_probs")[MASK], np.take_along_axis(probs, ids, -1)[MASK]
-        )
+        close(getattr(found, f"{side}_probs")[MASK], np.take_along_axis(probs, ids, -1)[MASK])
 
 
 def test_the_chunk_changes_nothing():
