@@ -37,13 +37,7 @@ from opsdc_jax.benchmarks import Benchmark, open_benchmarks
 from opsdc_jax.data import Example
 from opsdc_jax.evaluate import Evaluator, System
 from opsdc_jax.files import fingerprint, read_json, write_json, write_json_lines
-from opsdc_jax.metrics import (
-    CompileCounter,
-    MetricsFile,
-    check_mirrors,
-    open_mirrors,
-    read_metrics,
-)
+from opsdc_jax.metrics import CompileCounter, MetricsFile, check_mirrors, open_mirrors
 from opsdc_jax.models import hf, qwen3, weights
 from opsdc_jax.models.qwen3 import Qwen3Config
 from opsdc_jax.progress import Progress
@@ -100,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
         train(args.config, parts, workdir)
     summary = read_json(workdir.summary)
     print(f"\n{report.tables(summary)}")
-    print(f"\neverything is in {workdir.path}")
+    print(f"\n{report.write(workdir.path)}\neverything is in {workdir.path}")
     return cli.EXIT_DONE
 
 
@@ -331,7 +325,7 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
                     evaluator.run(student(settings, step), state.student)
                     progress.restart_clock()
     print(compilations)
-    finish(settings, workdir)
+    write_json(workdir.summary, summarise(workdir.eval))  # marks the run as finished
 
 
 def student(settings: ConfigDict, step: int) -> System:
@@ -372,14 +366,6 @@ def write_samples(
             for example, stopped, view in zip(examples, sampled.stopped_B, views, strict=False)
         ]
         write_json_lines(workdir.samples / f"tokens-{step:06d}.jsonl", rows)
-
-
-def finish(settings: ConfigDict, workdir: Workdir) -> None:
-    """Plots, and the summary whose presence marks the run as finished."""
-    summary = summarise(workdir.eval)
-    metrics = read_metrics(workdir.metrics)
-    report.plot(workdir.plots, metrics, summary, settings.teacher.every)
-    write_json(workdir.summary, summary)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What a run shows at its end."""
+"""What a run shows at its end: tables in the terminal, and report.html."""
 
-from opsdc_jax.report.table import SYSTEM_NAMES, claims, plot, table, tables, verdict
+from opsdc_jax.report.page import write
+from opsdc_jax.report.table import claims, table, tables, verdict
 
-__all__ = ["SYSTEM_NAMES", "claims", "plot", "table", "tables", "verdict"]
+__all__ = ["claims", "table", "tables", "verdict", "write"]

@@ -1,7 +1,6 @@
-"""The final tables and the plots of a run."""
+"""The final tables of a run, as text."""
 
-import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from opsdc_jax.intervals import Estimate
@@ -147,96 +146,3 @@ def _align(rows: Sequence[Sequence[str]]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
-
-
-def plot(
-    folder: pathlib.Path,
-    metrics: Sequence[Mapping[str, Any]],
-    summary: Mapping[str, Any],
-    teacher_every: int,
-) -> None:
-    """Writes loss.png, length.png and entropy.png into a folder.
-
-    Where there are evaluations also accuracy.png, and overview.png: length and accuracy together.
-
-    Args:
-      metrics: rows of metrics.jsonl.
-      summary: contents of summary.json; of each benchmark the curve is drawn, and the base model
-        under the instruction as a level.
-      teacher_every: M; refreshes are marked.
-    """
-    import matplotlib  # slow to import, and needed once a run
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    steps = [row["step"] for row in metrics]
-    refreshes = range(teacher_every, len(steps) + 1, teacher_every) if teacher_every else ()
-
-    def curve(axes: Any, key: str, label: str) -> None:
-        axes.plot(steps, [row[key] for row in metrics], label=label)
-
-    benchmarks = summary["benchmarks"]
-
-    def evaluated(
-        axes: Any, estimate: Callable[[Mapping[str, Any]], Estimate], scale: float
-    ) -> None:
-        for name, benchmark in benchmarks.items():
-            of = f" ({name})" if len(benchmarks) > 1 else ""
-            points = [(row["step"], estimate(row["statistics"])) for row in benchmark["curve"]]
-            axes.errorbar(
-                [step for step, _ in points],
-                [scale * point["value"] for _, point in points],
-                [scale * _half(point) for _, point in points],
-                marker="o",
-                capsize=3,
-                label=f"student, plain prompt{of}",
-            )
-            if "concise_prompt" in benchmark["systems"]:
-                level = estimate(benchmark["systems"]["concise_prompt"]["overall"])
-                axes.axhline(
-                    scale * level["value"],
-                    color=axes.lines[-1].get_color() if of else "tab:green",
-                    linestyle="--",
-                    label=f"{SYSTEM_NAMES['concise_prompt']}{of}",
-                )
-
-    def loss(axes: Any) -> None:
-        curve(axes, "loss", "loss")
-        axes.set_title("divergence per response token (nats)")
-
-    def entropy(axes: Any) -> None:
-        curve(axes, "student_entropy", "student")
-        curve(axes, "teacher_entropy", "teacher")
-        axes.set_title("entropy per response token (nats)")
-
-    def length(axes: Any) -> None:
-        curve(axes, "response_tokens", "training rollouts")
-        evaluated(axes, lambda statistics: statistics["tokens"]["mean"], 1.0)
-        axes.set_title("mean response tokens")
-
-    def accuracy(axes: Any) -> None:
-        evaluated(axes, _accuracy, 100.0)
-        axes.set_title("accuracy (%, 95% intervals)")
-
-    def save(name: str, *panels: Callable[[Any], None]) -> None:
-        figure, grid = pyplot.subplots(
-            1, len(panels), figsize=(5.5 * len(panels), 3.4), layout="constrained", squeeze=False
-        )
-        for axes, panel in zip(grid[0], panels, strict=True):
-            panel(axes)
-            for step in refreshes:
-                axes.axvline(step, color="0.8", linewidth=1, zorder=0)
-            axes.set_xlabel("step (grey: teacher refreshed)")
-            axes.set_ylim(bottom=0)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False)
-        figure.savefig(folder / f"{name}.png", dpi=100)
-        pyplot.close(figure)
-
-    save("loss", loss)
-    save("entropy", entropy)
-    save("length", length)
-    if benchmarks:
-        save("accuracy", accuracy)
-        save("overview", length, accuracy)

@@ -1,0 +1,161 @@
+"""Numbers and sentences of the page."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from opsdc_jax.report.run import Run
+from opsdc_jax.statistics import HEADLINE
+
+MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
+SYSTEMS = {
+    "base": "base",
+    "concise_prompt": "base, concise prompt",
+    "student": "student",
+}
+
+
+def percent(fraction: float) -> str:
+    """74.6%"""
+    return f"{100 * fraction:.1f}%".replace("-", MINUS)
+
+
+def value(estimate: Mapping[str, Any] | None, scale: float = 1.0, sign: str = "") -> str:
+    """An estimate's value with one decimal; a dash where there is none."""
+    if estimate is None:
+        return DASH
+    return f"{scale * estimate['value']:{sign},.1f}".replace("-", MINUS)
+
+
+def interval(estimate: Mapping[str, Any] | None, scale: float = 1.0, sign: str = "") -> str:
+    """The ends of an estimate's interval; empty where there is none."""
+    if estimate is None or estimate["low"] is None:
+        return ""
+    low, high = (f"{scale * estimate[end]:{sign},.1f}" for end in ("low", "high"))
+    return f"{low} to {high}".replace("-", MINUS)
+
+
+def divergence(config: Mapping[str, Any]) -> str:
+    """The divergence of a run, in words."""
+    names = {"reverse_kl": "Reverse KL", "forward_kl": "Forward KL", "jsd": "JSD"}
+    return names[config["loss"]["divergence"]]
+
+
+Sentence = list[tuple[str, bool]]  # pieces, and whether they are set off
+
+
+def lead(run: Run) -> list[Sentence]:
+    """What happened in this run, in a sentence or two; worse is said as plainly as better."""
+    found = [
+        _result(name, results, len(run.benchmarks) > 1, run.last_step)
+        for name, results in run.benchmarks.items()
+        if "student" in results["systems"] and "base" in results["systems"]
+    ]
+    if found:
+        return found
+    if not run.metrics:
+        return [[("Nothing was trained yet, so there is nothing to see.", False)]]
+    first, last = (
+        sum(row["response_tokens"] for row in rows) / len(rows)
+        for rows in (run.metrics[:5], run.metrics[-5:])
+    )
+    steps = f"{run.last_step:,} step{'s' if run.last_step != 1 else ''}"
+    return [
+        [
+            (f"Over {steps} the training rollouts went from {first:,.1f} to ", False),
+            (f"{last:,.1f} tokens", True),
+            (" (means of the first and the last five steps); accuracy was not measured.", False),
+        ]
+    ]
+
+
+def _result(name: str, results: Mapping[str, Any], several: bool, step: int) -> Sentence:
+    base, student = (results["systems"][system]["overall"] for system in ("base", "student"))
+    compared = next(
+        c["overall"]
+        for c in results["comparisons"]
+        if (c["system"], c["against"]) == ("student", "base")
+    )
+    reduction = compared["token_reduction"]["overall"]
+    gain = compared["scores"][HEADLINE]
+    more = reduction["value"] < 0
+    change = f"{abs(100 * reduction['value']):.1f}% {'more' if more else 'fewer'}"
+    where = f"On {name}" if several else f"After {step:,} steps" if step else "Here"
+    before, after = (s["tokens"]["mean"]["value"] for s in (base, student))
+    sentence = [
+        (f"{where} the student answers in {after:,.1f} tokens where the base model takes ", False),
+        (f"{before:,.1f}: ", False),
+        (change, True),
+        (_within(reduction, 100, flip=more), False),
+        (". Its accuracy is ", False),
+        (percent(student["scores"][HEADLINE]["value"]), True),
+        (f" against {percent(base['scores']['committed']['value'])}: ", False),
+    ]
+    points = f"{abs(100 * gain['value']):.1f} points {'lower' if gain['value'] < 0 else 'higher'}"
+    if gain["low"] is None or gain["low"] <= 0 <= gain["high"]:
+        points = f"{points}, which these {compared['problems']:,} problems cannot tell from none"
+    return [*sentence, (f"{points}{_within(gain, 100)}.", False)]
+
+
+def _within(estimate: Mapping[str, Any], scale: float, flip: bool = False) -> str:
+    """The interval of an estimate in brackets; flip: of its negative."""
+    if estimate["low"] is None:
+        return ""
+    low, high = (scale * estimate[end] for end in ("low", "high"))
+    if flip:
+        low, high = -high, -low
+    return f" ({low:.1f} to {high:.1f})".replace("-", MINUS)
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """The settings one wants to know first."""
+    if not run.config:
+        return []
+    config = run.config
+    every = config["teacher"]["every"]
+    return [
+        ("Model", config["model"]["path"]),
+        ("Problems", config["data"]["source"]),
+        ("Instruction", config["prompts"]["instruction"]),
+        ("Divergence", divergence(config)),
+        ("Teacher", f"every {every} steps" if every else "frozen"),
+        ("Steps", f"{run.last_step:,} of {config['train']['steps']:,}"),
+        ("Rollouts a step", f"{config['train']['batch_size']:,}"),
+        ("Learning rate", f"{config['optim']['lr']:g}"),
+        ("Seed", str(config["seed"])),
+    ]
+
+
+def training_note(run: Run) -> str:
+    """What to know about the curves."""
+    if not run.config:
+        return ""
+    if run.refreshes:
+        steps = ", ".join(map(str, run.refreshes[:8])) + ("..." if len(run.refreshes) > 8 else "")
+        return f"Dotted lines: the teacher took the student's weights (after step {steps})."
+    if run.config["teacher"]["every"]:
+        return "The teacher has not been refreshed yet: it is the base model."
+    return "The teacher is frozen: it is the base model throughout."
+
+
+def words_note(run: Run) -> str:
+    """What the ranking is made of."""
+    counts = sorted({len(view.rollouts) for view in run.views})
+    rollouts = " or ".join(f"{count:,}" for count in counts)
+    return (
+        f"All words of the {rollouts} rollouts of a step, by the reverse KL at the point where "
+        "they were said. The last two columns are the mean probability that either side gave the "
+        "word there: where the teacher's is lower, it would have left the word out more often."
+    )
+
+
+def benchmark_caption(name: str, results: Mapping[str, Any]) -> str:
+    """How the numbers of a benchmark came about."""
+    base = next(iter(results["systems"].values()))["overall"]
+    settings = results["settings"]
+    samples = "response" if base["samples"] == 1 else "responses"
+    words = [
+        f"{name}: {base['problems']:,} problems, {base['samples']:,} {samples} to each",
+        f"temperature {settings['temperature']:g}",
+        f"budget {settings['max_response_tokens']:,} tokens",
+    ]
+    return ", ".join(words) + "."

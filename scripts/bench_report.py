@@ -1,0 +1,79 @@
+"""The size of report.html, and how long it takes to write and to show.
+
+    python scripts/bench_report.py --workdir runs/tiny [--chromium /usr/bin/chromium]
+
+Prints one JSON object: bytes; seconds to write; and of headless Chromium, the median of --repeats
+fresh visits: milliseconds to the first contentful paint and to the load event. Needs playwright
+(part of opsdc-jax[dev]) and the Debian package chromium.
+
+Exit codes: 0 done; 1 an unexpected error (with a traceback); 2 bad input.
+"""
+
+import json
+import pathlib
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+
+from absl import flags
+
+from opsdc_jax import cli, report
+from opsdc_jax.config import InputError
+
+_TIMES = """
+() => ({
+  paint_ms: performance.getEntriesByName("first-contentful-paint")[0].startTime,
+  load_ms: performance.getEntriesByType("navigation")[0].loadEventEnd,
+})
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Writes the page, visits it, prints the numbers."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_string("chromium", shutil.which("chromium"), "the browser", flag_values=values)
+    flags.DEFINE_integer("repeats", 5, "visits", 1, flag_values=values)
+    args = cli.parse(values, argv)
+    if not args.workdir:
+        raise InputError("--workdir DIR is required")
+    if not args.chromium:
+        raise InputError("no chromium was found: install it, or say where it is by --chromium")
+    began = time.perf_counter()
+    page = report.write(pathlib.Path(args.workdir))
+    written = time.perf_counter() - began
+    measured = {
+        "benchmark": "report",
+        "bytes": page.stat().st_size,
+        "write_s": round(written, 2),
+        **visits(page.resolve().as_uri(), args.chromium, args.repeats),
+    }
+    print(json.dumps(measured))
+    return cli.EXIT_DONE
+
+
+def visits(address: str, chromium: str, repeats: int) -> dict[str, float]:
+    """Median times of fresh visits."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        raise InputError("playwright is not installed: pip install 'opsdc-jax[dev]'") from None
+    times = []
+    with sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for _ in range(repeats):
+            page = browser.new_page()
+            page.goto(address)
+            page.wait_for_function(
+                "performance.getEntriesByName('first-contentful-paint').length > 0"
+            )
+            times.append(page.evaluate(_TIMES))
+            page.close()
+        browser.close()
+    return {key: round(statistics.median(one[key] for one in times)) for key in times[0]}
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
