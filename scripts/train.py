@@ -226,20 +226,7 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
         teacher_dtype=settings.model.teacher_dtype,
     )
     rows = sharding.batch_sharding(parts.mesh)
-    viewer = TokenViewer(
-        compare=token_view.make_compare(
-            parts.model,
-            chunk_tokens=settings.loss.chunk_tokens,
-            vocab_size=len(parts.tokenizer),
-            shardings=parts.shardings,
-        ),
-        tokenizer=parts.tokenizer,
-        rows=rows,
-        rows_at_a_time=settings.train.micro_batch_size,
-        prompt_width=settings.sampler.max_prompt_tokens,
-        response_width=settings.sampler.max_response_tokens,
-        pad_id=parts.tokenizer.pad_token_id,
-    )
+    viewer = token_viewer(settings, parts)
     sampling = SamplingParams(
         settings.sampler.temperature, settings.sampler.top_p, settings.sampler.top_k
     )
@@ -336,6 +323,24 @@ def student(settings: ConfigDict, step: int) -> System:
 def due(step: int, every: int, last_step: int) -> bool:
     """True every `every` steps (0: never), and at the last."""
     return step == last_step or (every > 0 and step % every == 0)
+
+
+def token_viewer(settings: ConfigDict, parts: Parts) -> TokenViewer:
+    """Compares rollouts token by token, at the widths of the budgets: one program for all steps."""
+    return TokenViewer(
+        compare=token_view.make_compare(
+            parts.model,
+            chunk_tokens=settings.loss.chunk_tokens,
+            vocab_size=len(parts.tokenizer),
+            shardings=parts.shardings,
+        ),
+        tokenizer=parts.tokenizer,
+        rows=sharding.batch_sharding(parts.mesh),
+        rows_at_a_time=settings.train.micro_batch_size,
+        prompt_width=settings.sampler.max_prompt_tokens,
+        response_width=settings.sampler.max_response_tokens,
+        pad_id=parts.tokenizer.pad_token_id,
+    )
 
 
 def write_samples(
