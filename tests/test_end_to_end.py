@@ -28,6 +28,7 @@ SMALL = [
     "--config.checkpoint.every_steps=2",
     "--config.log.samples_every=3",
     "--config.log.samples=2",
+    "--config.log.tensorboard=True",
 ]
 TIMES = ("tokens_per_s", "compilations")  # all else in metrics.jsonl must repeat
 
@@ -63,14 +64,17 @@ def test_the_run_leaves_everything_behind(finished):
     config = json.loads((finished / "config.json").read_text())
     assert config["train"]["steps"] == 4
     assert config["optim"]["lr"] == 2e-4
-    assert {path.name for path in (finished / "plots").iterdir()} == {
-        "loss.png",
-        "length.png",
-        "entropy.png",
-        "accuracy.png",
-        "overview.png",
-    }
     assert (finished / "checkpoints" / "4").is_dir()
+    assert any((finished / "tensorboard").iterdir())
+
+
+def test_the_run_ends_with_its_report(finished):
+    page = (finished / "report.html").read_text()
+    for part in ("results", "training", "lengths", "answers", "tokens", "words", "settings"):
+        assert f'<section id="{part}"' in page
+    assert "After 4 steps the student answers in" in page
+    assert (finished / "plots" / "loss.svg").exists()
+    assert (finished / "plots" / "accuracy-tokens-tiny.svg").exists()
 
 
 def test_the_summary_holds_the_three_systems(finished):
@@ -104,21 +108,30 @@ def test_evaluation_can_be_off(tmp_path, capsys):
     workdir = tmp_path / "run"
     assert run(workdir, "--config.eval.source=none", "--config.train.steps=1") == cli.EXIT_DONE
     assert "no evaluation" in capsys.readouterr().out
-    assert not (workdir / "plots" / "accuracy.png").exists()
+    assert "Nothing was evaluated" in (workdir / "report.html").read_text()
     assert json.loads((workdir / "eval" / "summary.json").read_text()) == {"benchmarks": {}}
 
 
 def test_samples_hold_the_sampled_ids(finished):
-    assert sorted(path.name for path in (finished / "samples").iterdir()) == [
-        "step-000003.json",
-        "step-000004.json",
-    ]
+    names = [f"{kind}-00000{step}" for kind in ("step", "tokens") for step in (1, 3, 4)]
+    assert sorted(path.stem for path in (finished / "samples").iterdir()) == names
     samples = json.loads((finished / "samples" / "step-000003.json").read_text())
     assert len(samples) == 2
     for sample in samples:
         assert 0 < len(sample["ids"]) <= 24
         assert sample["stopped"] == sample["text"].endswith("<|im_end|>")
         assert len(sample["text"].split()) == len(sample["ids"])
+
+
+def test_the_kl_of_all_tokens_is_the_loss_of_their_step(finished):
+    """The same student, teacher and rollouts: here all rollouts of a step are compared."""
+    losses = {row["step"]: row["loss"] for row in read_metrics(finished / "metrics.jsonl")}
+    for step in (1, 3, 4):
+        rollouts = list(read_json_lines(finished / "samples" / f"tokens-{step:06d}.jsonl"))
+        assert len(rollouts) == 4
+        kl = [value for rollout in rollouts for value in rollout["kl"]]
+        assert sum(kl) / len(kl) == pytest.approx(losses[step], rel=1e-4)
+        assert all("".join(r["tokens"]).split()[0] == "<think>" for r in rollouts)
 
 
 def test_steps_of_known_shapes_compile_nothing(finished):
@@ -246,10 +259,11 @@ def test_bad_input_stops_before_any_compilation(tmp_path, capsys, arguments, mes
     assert counter.count == 0
 
 
-@pytest.mark.parametrize(
-    "script",
-    ["train", "evaluate", "sample", "export", "rehearse", "bench_demo", "bench_intervals"],
-)
+SCRIPTS = ["train", "evaluate", "report", "sample", "export", "rehearse"]
+SCRIPTS += ["bench_demo", "bench_intervals", "bench_report"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_explains_itself(script, capsys):
     module = load_script(script)
     with pytest.raises(SystemExit) as exit_:

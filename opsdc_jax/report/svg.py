@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 WIDTH, HEIGHT = 320, 220  # units of the drawing
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 10, 44, 36  # margins around the plot
+_EDGE = 14  # of paper around a chart that is a file of its own
 
 Range = tuple[float, float]
 Interval = tuple[float, float] | None
@@ -105,13 +106,18 @@ class Chart:
         self._marks.insert(0, f'<path class="line {role}" d="{path}"/>')
 
     def svg(self, style: str = "") -> str:
-        """The drawing: to put into a page, or with `style` a file of its own."""
-        name = html.escape(self.title)
-        css = f"<style>{style}</style>" if style else ""
+        """The drawing: to put into a page, or with `style` a file of its own, on paper."""
+        name, box, paper = html.escape(self.title), f"0 0 {WIDTH} {HEIGHT}", ""
+        if style:
+            box = f"{-_EDGE} {-_EDGE} {WIDTH + 2 * _EDGE} {HEIGHT + 2 * _EDGE}"
+            paper = (
+                f"<style>{style}</style>"
+                f'<rect x="{-_EDGE}" y="{-_EDGE}" width="100%" height="100%" class="paper"/>'
+            )
         body = "".join([*self._axes(), *self._marks, *self._names()])
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" role="img" '
-            f'aria-label="{name}" viewBox="0 0 {WIDTH} {HEIGHT}">{css}'
+            f'aria-label="{name}" viewBox="{box}">{paper}'
             f'<text class="title" x="0" y="13">{name}</text>{body}</svg>\n'
         )
 
