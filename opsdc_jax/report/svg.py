@@ -107,18 +107,19 @@ class Chart:
 
     def svg(self, style: str = "") -> str:
         """The drawing: to put into a page, or with `style` a file of its own, on paper."""
-        name, box, paper = html.escape(self.title), f"0 0 {WIDTH} {HEIGHT}", ""
+        name, x, width, height, head = html.escape(self.title), 0, WIDTH, HEIGHT, ""
         if style:
-            box = f"{-_EDGE} {-_EDGE} {WIDTH + 2 * _EDGE} {HEIGHT + 2 * _EDGE}"
-            paper = (
+            x, width, height = -_EDGE, WIDTH + 2 * _EDGE, HEIGHT + 2 * _EDGE
+            head = (
                 f"<style>{style}</style>"
-                f'<rect x="{-_EDGE}" y="{-_EDGE}" width="100%" height="100%" class="paper"/>'
+                f'<rect class="paper" x="{x}" y="{x}" width="{width}" height="{height}"/>'
             )
         body = "".join([*self._axes(), *self._marks, *self._names()])
+        size = f'width="{2 * width}" height="{2 * height}" ' if style else ""
         return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" role="img" '
-            f'aria-label="{name}" viewBox="{box}">{paper}'
-            f'<text class="title" x="0" y="13">{name}</text>{body}</svg>\n'
+            f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" role="img" {size}'
+            f'aria-label="{name}" viewBox="{x} {x} {width} {height}">'
+            f'{head}<text class="title" x="0" y="13">{name}</text>{body}</svg>\n'
         )
 
     def _axes(self) -> list[str]:
