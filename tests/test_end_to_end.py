@@ -4,13 +4,17 @@ import errno
 import json
 
 import jax
+import numpy as np
 import pytest
 from helpers import ROOT, load_script
+from ml_collections import ConfigDict
 
 from opsdc_jax import cli
-from opsdc_jax.files import read_json_lines
+from opsdc_jax.checkpoint import Checkpointer
+from opsdc_jax.files import read_json, read_json_lines
 from opsdc_jax.metrics import CompileCounter, read_metrics
-from opsdc_jax.models import hf, weights
+from opsdc_jax.models import hf, qwen3, weights
+from opsdc_jax.rollout import Rollout
 from opsdc_jax.tiny import BASE_FOLDER
 
 train = load_script("train")
@@ -132,6 +136,40 @@ def test_the_kl_of_all_tokens_is_the_loss_of_their_step(finished):
         kl = [value for rollout in rollouts for value in rollout["kl"]]
         assert sum(kl) / len(kl) == pytest.approx(losses[step], rel=1e-4)
         assert all("".join(r["tokens"]).split()[0] == "<think>" for r in rollouts)
+
+
+def test_a_checkpoint_gives_the_views_of_the_next_step_again(finished):
+    """Step 3 is sampled by the student of step 2, which step 2 also made the teacher."""
+    settings = ConfigDict(read_json(finished / "config.json"))
+    parts = train.prepare(settings)
+    like = jax.tree.map(
+        lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
+        qwen3.abstract_params(parts.model),
+        parts.shardings,
+    )
+    with Checkpointer(finished / "checkpoints", settings.checkpoint.keep) as checkpoints:
+        params = checkpoints.restore_student(2, like)
+    samples = json.loads((finished / "samples" / "step-000003.json").read_text())
+    sampled = Rollout(
+        tokens_BxR=np.array(
+            [sample["ids"] + [0] * (24 - len(sample["ids"])) for sample in samples]
+        ),
+        lengths_B=np.array([len(sample["ids"]) for sample in samples]),
+        stopped_B=np.array([sample["stopped"] for sample in samples]),
+        logprobs_BxR=np.zeros((2, 24), np.float32),
+    )
+    problems = [sample["problem"] for sample in samples]
+    views = train.token_viewer(settings, parts)(
+        params,
+        params,
+        sampled,
+        [parts.prompts.student(problem) for problem in problems],
+        [parts.prompts.teacher(problem) for problem in problems],
+        count=2,
+    )
+    written = list(read_json_lines(finished / "samples" / "tokens-000003.jsonl"))
+    for view, row in zip(views, written, strict=False):
+        assert view == {key: row[key] for key in view}
 
 
 def test_steps_of_known_shapes_compile_nothing(finished):

@@ -90,13 +90,15 @@ def _tradeoff(benchmark: str, results: Mapping[str, Any]) -> Figure:
         _system_point(chart, "student minor", f"student after step {step}", statistics)
     for name, statistics in systems.items():
         _system_point(chart, name, SYSTEMS[name], statistics)
-    for step, statistics in curve[1:]:
-        x, y = _tokens(statistics)["value"], 100 * _accuracy(statistics)["value"]
-        chart.label("student", x, y, str(step), "end")
     caption = (
-        f"{benchmark}: up and to the left is better. Whiskers are 95% intervals over problems"
-        + ("; the student's numbers are training steps." if curve else ".")
+        f"{benchmark}: up and to the left is better. Whiskers are 95% intervals over problems."
     )
+    if curve:
+        step, last = curve[-1]
+        chart.label(
+            "student", _tokens(last)["value"], 100 * _accuracy(last)["value"], f"step {step}"
+        )
+        caption += " The line follows the student from step to step."
     return Figure(f"accuracy-tokens-{benchmark}", chart, caption)
 
 

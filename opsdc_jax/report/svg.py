@@ -85,12 +85,11 @@ class Chart:
         parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4"/>')
         self._marks.append(f'<g class="point {role}">{"".join(parts)}</g>')
 
-    def label(self, role: str, x: float, y: float, text: str, anchor: str = "start") -> None:
-        """Text beside a point: to its right ("start") or left ("end"), a little above."""
-        shift = 8 if anchor == "start" else -8
+    def label(self, role: str, x: float, y: float, text: str) -> None:
+        """Text beside a point, to its right."""
         self._marks.append(
-            f'<text class="{role}" x="{self._px(x) + shift:.1f}" y="{self._py(y) - 8:.1f}" '
-            f'text-anchor="{anchor}">{html.escape(text)}</text>'
+            f'<text class="{role}" x="{self._px(x) + 8:.1f}" y="{self._py(y) + 4:.1f}">'
+            f"{html.escape(text)}</text>"
         )
 
     def rules(self, xs: Sequence[float]) -> None:
