@@ -12,8 +12,8 @@ from opsdc_jax.results import SystemFiles
 
 HOSTILE = "</script><script>document.title='hacked'</script> <b>bold</b> & \u2028 \"quoted\""
 BUDGET = 400
-SYSTEMS = {"base": 200, "concise_prompt": 120, "student-000002": 110, "student-000004": 80}
-"""System -> its mean tokens."""
+SYSTEMS = ("base", "concise_prompt", "student-000002", "student-000004")
+TOKENS = dict(zip((*SYSTEMS, "student"), (200, 120, 110, 80, 80), strict=True))  # mean, about
 
 
 def make_run(
@@ -22,7 +22,7 @@ def make_run(
     steps: int = 4,
     done: int | None = None,
     teacher_every: int = 2,
-    evaluated: tuple[str, ...] = tuple(SYSTEMS),
+    evaluated: tuple[str, ...] = SYSTEMS,
     finished: bool = True,
     views: tuple[int, ...] = (1, 4),
     text: str = HOSTILE,
@@ -83,7 +83,7 @@ def answer(files: SystemFiles, text: str) -> None:
     for index in range(20):
         for sample in range(2):
             level = ("easy", "hard")[index % 2]
-            tokens = int(SYSTEMS[files.system] * (1 + index % 2) * draw.uniform(0.5, 1.5)) // 2
+            tokens = int(TOKENS[files.system] * (1 + index % 2) * draw.uniform(0.5, 1.5)) // 2
             correct = bool(draw.random() < 0.7)
             key = {"index": index, "sample": sample, "level": level}
             responses.append(

@@ -143,13 +143,22 @@ def test_an_unfinished_run_shows_what_there_is(tmp_path):
     page = page_of(path)
     assert "has not finished: 3 of 4 steps" in page.text("header")
     assert "from 160.0 to" in page.text("header")
-    assert not {"results", "lengths", "answers"} & set(page.ids())
-    assert {"training", "tokens", "words"} <= set(page.ids())
+    assert "accuracy is compared at the end" in page.text("header")
+    assert not {"lengths", "answers"} & set(page.ids())
+    assert {"results", "training", "tokens", "words"} <= set(page.ids())
 
 
-def test_lengths_and_answers_do_not_wait_for_the_end(tmp_path):
-    path = make_run(tmp_path / "run", done=3, finished=False, evaluated=("base", "student-000002"))
+def test_results_do_not_wait_for_the_end(tmp_path):
+    evaluated = ("base", "student-000002")
+    path = make_run(tmp_path / "run", done=3, finished=False, evaluated=evaluated)
     page = page_of(path)
+    assert {"results", "lengths", "answers"} <= set(page.ids())
+    assert "After 2 steps the student" in page.text("header")
+    # The next evaluation has begun: results of other systems wait until it is complete.
+    folder = path / "eval" / "made-up"
+    shutil.copy(folder / "base.settings.json", folder / "student-000004.settings.json")
+    page = page_of(path)
+    assert "results" not in page.ids()
     assert {"lengths", "answers"} <= set(page.ids())
 
 
@@ -174,7 +183,7 @@ def test_before_the_first_step(tmp_path):
     [
         (0, "The teacher is frozen"),
         (9, "has not been refreshed yet"),
-        (2, "(after step 2, 4)"),
+        (2, "every 2 steps: the dotted lines"),
     ],
 )
 def test_the_teacher_is_told(tmp_path, every, says):
@@ -186,7 +195,7 @@ def test_the_teacher_is_told(tmp_path, every, says):
 
 
 def test_an_evaluation_without_training_has_a_page_too(tmp_path):
-    path = make_run(tmp_path / "run", views=())
+    path = make_run(tmp_path / "run", evaluated=("base", "student"), views=())
     for name in ("config.json", "metrics.jsonl"):
         (path / name).unlink()
     page = page_of(path)
@@ -252,6 +261,7 @@ def results(reduction, gain):
     return {
         "systems": {"base": system(0.8, 100), "student": system(0.8 + gain, 100 * (1 - reduction))},
         "comparisons": [{"system": "student", "against": "base", "overall": compared}],
+        "curve": [{"step": 0}, {"step": 100}],
     }
 
 

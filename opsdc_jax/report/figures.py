@@ -12,6 +12,7 @@ from opsdc_jax.report.text import SYSTEMS, divergence, interval, percent, value
 from opsdc_jax.statistics import HEADLINE, level_rank
 
 _BINS = 32
+_RULES = 25  # more refreshes of the teacher than that are not marked
 _LEVELS = 8  # more levels than that share one chart of lengths
 
 
@@ -90,14 +91,9 @@ def _tradeoff(benchmark: str, results: Mapping[str, Any]) -> Figure:
         _system_point(chart, "student minor", f"student after step {step}", statistics)
     for name, statistics in systems.items():
         _system_point(chart, name, SYSTEMS[name], statistics)
-    caption = (
-        f"{benchmark}: up and to the left is better. Whiskers are 95% intervals over problems."
-    )
+    caption = f"{benchmark}: up and to the left is better. Whiskers are 95% intervals."
     if curve:
-        step, last = curve[-1]
-        chart.label(
-            "student", _tokens(last)["value"], 100 * _accuracy(last)["value"], f"step {step}"
-        )
+        chart.label("student", *path[-1], f"step {curve[-1][0]}")
         caption += " The line follows the student from step to step."
     return Figure(f"accuracy-tokens-{benchmark}", chart, caption)
 
@@ -205,7 +201,8 @@ def _over_training(run: Run, curves: _Curves) -> Figure:
         chart.line(role, list(zip(steps, line, strict=True)))
         if len(steps) == 1 and finite:
             chart.point(role, steps[0], line[0], label)
-    chart.rules(run.refreshes)
+    if len(run.refreshes) <= _RULES:
+        chart.rules(run.refreshes)
     return Figure(curves.name, chart, curves.caption.format(divergence=divergence(run.config)))
 
 

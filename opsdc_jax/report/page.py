@@ -15,9 +15,6 @@ from opsdc_jax.report import figures, pairs, text, tokens, words
 from opsdc_jax.report.run import Run, read_run
 from opsdc_jax.statistics import HEADLINE
 
-_WORDS = 15  # rows of a table of words
-_RARE = 3  # a word sampled less often has no place among the means
-
 
 def write(path: pathlib.Path) -> pathlib.Path:
     """Writes report.html and the figures in plots/ of a run, as far as the run got.
@@ -83,7 +80,7 @@ def _context(run: Run) -> dict[str, Any]:
         "choices": choices,
         "heat_labels": tokens.heat_labels(),
         "words_note": text.words_note(run),
-        "word_tables": _word_tables(run),
+        "word_tables": words.tables(run.views),
         "config": list(flatten(ConfigDict(run.config)).items()),
     }
 
@@ -167,29 +164,3 @@ def _details(overall: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, lis
         add(f"{name.replace('_', ' ')}, %", 100, name)
     add("words of doubt per 1,000 tokens", 1, "doubt_per_1000")
     return rows
-
-
-def _word_tables(run: Run) -> list[tuple[str, str, list[Any]]]:
-    """(caption, name of the column, rows of (word, its figure, its part of the largest))."""
-    tables: list[tuple[str, str, list[Any]]] = []
-    if not run.views:
-        return tables
-    first, last = (words.rank(view.rollouts) for view in (run.views[0], run.views[-1]))
-    each = [word for word in first if word.times >= _RARE]
-    each.sort(key=lambda word: -word.mean)
-
-    def add(title: str, column: str, ranked: Sequence[words.Word], key: str, scale: float) -> None:
-        top = ranked[:_WORDS]
-        largest = max((getattr(word, key) for word in top), default=0.0) or 1.0
-        rows = [
-            (word, f"{scale * getattr(word, key):.{1 if scale > 1 else 2}f}", getattr(word, key))
-            for word in top
-        ]
-        tables.append((title, column, [(w, text, max(v, 0.0) / largest) for w, text, v in rows]))
-
-    begin, end = (f"Step {view.step}" for view in (run.views[0], run.views[-1]))
-    add(f"{begin}, by share of the divergence", "share, %", first, "share", 100)
-    add(f"{begin}, by divergence each time (from {_RARE} times on)", "nats", each, "mean", 1)
-    if end != begin:
-        add(f"{end}, by share of the divergence", "share, %", last, "share", 100)
-    return tables

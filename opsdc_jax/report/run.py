@@ -7,6 +7,7 @@ from opsdc_jax.config import InputError
 from opsdc_jax.files import read_json, read_json_lines
 from opsdc_jax.metrics import read_metrics
 from opsdc_jax.results import BASE, SystemFiles, benchmark_folders, student_step, systems
+from opsdc_jax.summary import summarise
 
 
 class Responses(NamedTuple):
@@ -35,9 +36,10 @@ class Run(NamedTuple):
     Attributes:
       config: of the run; {} of an evaluation without training.
       metrics: rows of metrics.jsonl.
-      benchmarks: of eval/summary.json; {} as long as there is none.
+      benchmarks: as in eval/summary.json; of a run that goes on, as far as it is evaluated.
       responses: of the benchmarks for which base and student are graded.
       views: rollouts compared with the teacher, by step.
+      finished: whether training and its last evaluation are done.
       notes: sentences on what is missing, for the reader.
     """
 
@@ -47,6 +49,7 @@ class Run(NamedTuple):
     benchmarks: dict[str, Any]
     responses: list[Responses]
     views: list[View]
+    finished: bool
     notes: list[str]
 
     @property
@@ -71,20 +74,20 @@ def read_run(path: pathlib.Path) -> Run:
     if not config_file.exists() and not summary_file.exists():
         raise InputError(f"{path} holds no run: give the --workdir of a run")
     config = read_json(config_file) if config_file.exists() else {}
-    summary = read_json(summary_file) if summary_file.exists() else None
+    finished = summary_file.exists()
+    summary = read_json(summary_file) if finished else _so_far(path / "eval")
     metrics = read_metrics(path / "metrics.jsonl")
     views = [
         View(int(file.stem.removeprefix("tokens-")), list(read_json_lines(file)))
         for file in sorted((path / "samples").glob("tokens-*.jsonl"))
     ]
     notes = []
-    steps = config["train"]["steps"] if config else 0
-    if summary is None:
-        done = metrics[-1]["step"] if metrics else 0
+    if not finished:
+        done, steps = metrics[-1]["step"] if metrics else 0, config["train"]["steps"]
         notes.append(f"This run has not finished: {done} of {steps} steps are done.")
-    elif summary and "benchmarks" not in summary:
+    elif "benchmarks" not in summary:
         notes.append("The evaluation was written by an older version, whose files are not read.")
-    elif config and not summary.get("benchmarks"):
+    elif not summary["benchmarks"]:
         notes.append("Nothing was evaluated: eval.source is none.")
     if config and not views:
         notes.append("No token was compared with the teacher: log.token_views is 0.")
@@ -92,11 +95,20 @@ def read_run(path: pathlib.Path) -> Run:
         path=path,
         config=config,
         metrics=metrics,
-        benchmarks=(summary or {}).get("benchmarks", {}),
+        benchmarks=summary.get("benchmarks", {}),
         responses=_responses(path / "eval"),
         views=views,
+        finished=finished,
         notes=notes,
     )
+
+
+def _so_far(folder: pathlib.Path) -> dict[str, Any]:
+    """The summary of an evaluation that goes on; {} while one of its systems is incomplete."""
+    try:
+        return summarise(folder)
+    except InputError:
+        return {}
 
 
 def _responses(folder: pathlib.Path) -> list[Responses]:

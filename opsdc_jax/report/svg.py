@@ -22,14 +22,15 @@ class Chart:
 
     Args:
       title: above the plot, and the chart's name for those who do not see it.
-      x, y: ranges of the axes; ends are rounded outwards to whole ticks.
+      x, y: ranges of the axes; the ends of y are rounded outwards to whole ticks.
     """
 
     def __init__(self, title: str, x_label: str, x: Range, y: Range):
         self.title = title
         self._x_label = x_label
         self._x_ticks, self._y_ticks = ticks(*x, 5), ticks(*y, 5)
-        self._x, self._y = x, (self._y_ticks[0], self._y_ticks[-1])
+        self._x = x if x[0] < x[1] else (self._x_ticks[0], self._x_ticks[-1])
+        self._y = self._y_ticks[0], self._y_ticks[-1]
         self._marks: list[str] = []
         self._legend: list[tuple[str, str]] = []
 

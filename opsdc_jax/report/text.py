@@ -16,21 +16,21 @@ SYSTEMS = {
 
 def percent(fraction: float) -> str:
     """74.6%"""
-    return f"{100 * fraction:.1f}%".replace("-", MINUS)
+    return f"{100 * fraction:z.1f}%".replace("-", MINUS)
 
 
 def value(estimate: Mapping[str, Any] | None, scale: float = 1.0, sign: str = "") -> str:
     """An estimate's value with one decimal; a dash where there is none."""
     if estimate is None:
         return DASH
-    return f"{scale * estimate['value']:{sign},.1f}".replace("-", MINUS)
+    return f"{scale * estimate['value']:{sign}z,.1f}".replace("-", MINUS)
 
 
 def interval(estimate: Mapping[str, Any] | None, scale: float = 1.0, sign: str = "") -> str:
     """The ends of an estimate's interval; empty where there is none."""
     if estimate is None or estimate["low"] is None:
         return ""
-    low, high = (f"{scale * estimate[end]:{sign},.1f}" for end in ("low", "high"))
+    low, high = (f"{scale * estimate[end]:{sign}z,.1f}" for end in ("low", "high"))
     return f"{low} to {high}".replace("-", MINUS)
 
 
@@ -46,7 +46,7 @@ Sentence = list[tuple[str, bool]]  # pieces, and whether they are set off
 def lead(run: Run) -> list[Sentence]:
     """What happened in this run, in a sentence or two; worse is said as plainly as better."""
     found = [
-        _result(name, results, len(run.benchmarks) > 1, run.last_step)
+        _result(name, results, len(run.benchmarks) > 1)
         for name, results in run.benchmarks.items()
         if "student" in results["systems"] and "base" in results["systems"]
     ]
@@ -58,17 +58,25 @@ def lead(run: Run) -> list[Sentence]:
         sum(row["response_tokens"] for row in rows) / len(rows)
         for rows in (run.metrics[:5], run.metrics[-5:])
     )
-    steps = f"{run.last_step:,} step{'s' if run.last_step != 1 else ''}"
+    accuracy = "was not measured" if run.finished else "is compared at the end"
     return [
         [
-            (f"Over {steps} the training rollouts went from {first:,.1f} to ", False),
+            (
+                f"Over {_steps(run.last_step)} the training rollouts went from {first:,.1f} to ",
+                False,
+            ),
             (f"{last:,.1f} tokens", True),
-            (" (means of the first and the last five steps); accuracy was not measured.", False),
+            (f" (means of the first and the last five steps); accuracy {accuracy}.", False),
         ]
     ]
 
 
-def _result(name: str, results: Mapping[str, Any], several: bool, step: int) -> Sentence:
+def _steps(count: int) -> str:
+    return f"{count:,} step{'s' if count != 1 else ''}"
+
+
+def _result(name: str, results: Mapping[str, Any], several: bool) -> Sentence:
+    step = results["curve"][-1]["step"] if results["curve"] else 0
     base, student = (results["systems"][system]["overall"] for system in ("base", "student"))
     compared = next(
         c["overall"]
@@ -79,7 +87,7 @@ def _result(name: str, results: Mapping[str, Any], several: bool, step: int) -> 
     gain = compared["scores"][HEADLINE]
     more = reduction["value"] < 0
     change = f"{abs(100 * reduction['value']):.1f}% {'more' if more else 'fewer'}"
-    where = f"On {name}" if several else f"After {step:,} steps" if step else "Here"
+    where = f"On {name}" if several else f"After {_steps(step)}" if step else "Here"
     before, after = (s["tokens"]["mean"]["value"] for s in (base, student))
     sentence = [
         (f"{where} the student answers in {after:,.1f} tokens where the base model takes ", False),
@@ -88,7 +96,7 @@ def _result(name: str, results: Mapping[str, Any], several: bool, step: int) -> 
         (_within(reduction, 100, flip=more), False),
         (". Its accuracy is ", False),
         (percent(student["scores"][HEADLINE]["value"]), True),
-        (f" against {percent(base['scores']['committed']['value'])}: ", False),
+        (f" against {percent(base['scores'][HEADLINE]['value'])}: ", False),
     ]
     points = f"{abs(100 * gain['value']):.1f} points {'lower' if gain['value'] < 0 else 'higher'}"
     if gain["low"] is None or gain["low"] <= 0 <= gain["high"]:
@@ -103,7 +111,7 @@ def _within(estimate: Mapping[str, Any], scale: float, flip: bool = False) -> st
     low, high = (scale * estimate[end] for end in ("low", "high"))
     if flip:
         low, high = -high, -low
-    return f" ({low:.1f} to {high:.1f})".replace("-", MINUS)
+    return f" ({low:z.1f} to {high:z.1f})".replace("-", MINUS)
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
@@ -129,10 +137,13 @@ def training_note(run: Run) -> str:
     """What to know about the curves."""
     if not run.config:
         return ""
+    every = run.config["teacher"]["every"]
     if run.refreshes:
-        steps = ", ".join(map(str, run.refreshes[:8])) + ("..." if len(run.refreshes) > 8 else "")
-        return f"Dotted lines: the teacher took the student's weights (after step {steps})."
-    if run.config["teacher"]["every"]:
+        steps = "every step" if every == 1 else f"every {every} steps"
+        return (
+            f"The teacher takes the student's weights {steps}: the dotted lines, if not too many."
+        )
+    if every:
         return "The teacher has not been refreshed yet: it is the base model."
     return "The teacher is frozen: it is the base model throughout."
 

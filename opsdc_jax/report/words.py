@@ -5,7 +5,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from opsdc_jax.report.run import View
+
 NUMBER = "(any number)"
+_ROWS = 15  # of a table
+_RARE = 3  # a word sampled less often has no place among the means
 _NUMERAL = re.compile(r"[\d.,]*\d")
 
 
@@ -54,6 +58,41 @@ def rank(rollouts: Iterable[Mapping[str, Any]]) -> list[Word]:
             Word(text, count, total, total / count, share, student / count, teacher / count)
         )
     return sorted(words, key=lambda word: -word.total)
+
+
+class Table(NamedTuple):
+    """A ranking: `rows` are (word, its figure as text, the figure's part of the largest)."""
+
+    caption: str
+    column: str
+    rows: list[tuple[Word, str, float]]
+
+
+def tables(views: Sequence[View]) -> list[Table]:
+    """The words of the first and of the last step; both by share, the first also by mean."""
+    if not views:
+        return []
+    first, last = (rank(view.rollouts) for view in (views[0], views[-1]))
+    often = sorted((w for w in first if w.times >= _RARE), key=lambda word: -word.mean)
+    by_mean = [(word, f"{word.mean:.2f}", word.mean) for word in often]
+    found = [
+        _table(f"Step {views[0].step}, by share of the divergence", "share, %", _by_share(first)),
+        _table(f"Step {views[0].step}, each time (of {_RARE} and more)", "nats", by_mean),
+    ]
+    if len(views) > 1:
+        title = f"Step {views[-1].step}, by share of the divergence"
+        found.append(_table(title, "share, %", _by_share(last)))
+    return found
+
+
+def _by_share(ranked: Sequence[Word]) -> list[tuple[Word, str, float]]:
+    return [(word, f"{100 * word.share:.1f}", word.share) for word in ranked]
+
+
+def _table(caption: str, column: str, rows: Sequence[tuple[Word, str, float]]) -> Table:
+    largest = max((figure for _, _, figure in rows), default=0.0) or 1.0
+    shown = [(word, text, max(figure, 0.0) / largest) for word, text, figure in rows[:_ROWS]]
+    return Table(caption, column, shown)
 
 
 def split(pieces: Sequence[str]) -> Iterator[tuple[str, range]]:
