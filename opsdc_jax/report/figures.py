@@ -8,11 +8,10 @@ import numpy as np
 
 from opsdc_jax.report.run import Responses, Run
 from opsdc_jax.report.svg import Chart
-from opsdc_jax.report.text import SYSTEMS, divergence, interval, percent, value
+from opsdc_jax.report.text import RULES, SYSTEMS, divergence, interval, percent, value
 from opsdc_jax.statistics import HEADLINE, level_rank
 
 _BINS = 32
-_RULES = 25  # more refreshes of the teacher than that are not marked
 _LEVELS = 8  # more levels than that share one chart of lengths
 
 
@@ -201,7 +200,7 @@ def _over_training(run: Run, curves: _Curves) -> Figure:
         chart.line(role, list(zip(steps, line, strict=True)))
         if len(steps) == 1 and finite:
             chart.point(role, steps[0], line[0], label)
-    if len(run.refreshes) <= _RULES:
+    if len(run.refreshes) <= RULES:
         chart.rules(run.refreshes)
     return Figure(curves.name, chart, curves.caption.format(divergence=divergence(run.config)))
 

@@ -7,6 +7,7 @@ from opsdc_jax.report.run import Run
 from opsdc_jax.statistics import HEADLINE
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
+RULES = 25  # more refreshes of the teacher than that are not marked in the curves
 SYSTEMS = {
     "base": "base",
     "concise_prompt": "base, concise prompt",
