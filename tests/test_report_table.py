@@ -1,4 +1,4 @@
-"""The final table and the plots."""
+"""The final tables in the terminal."""
 
 import pytest
 
@@ -104,21 +104,3 @@ def test_every_benchmark_has_its_table_and_its_warnings():
     assert printed.count("claim of the paper") == 2
     assert printed.index("\nsecond\n") < printed.index("warning: too few samples")
     assert "no evaluation" in report.tables({"benchmarks": {}})
-
-
-def test_plots_are_pictures(tmp_path):
-    metrics = [
-        {
-            "step": step,
-            "loss": 1 / step,
-            "response_tokens": 90 - step,
-            "student_entropy": 0.3,
-            "teacher_entropy": 0.2,
-        }
-        for step in (1, 2, 3, 4)
-    ]
-    report.plot(tmp_path, metrics, {"benchmarks": {"tiny": benchmark()}}, teacher_every=2)
-    for name in ("loss", "length", "entropy", "accuracy", "overview"):
-        content = (tmp_path / f"{name}.png").read_bytes()
-        assert content.startswith(b"\x89PNG")
-        assert len(content) > 5000
