@@ -102,7 +102,7 @@ def default_config() -> ConfigDict:
     config.log = ConfigDict()
     config.log.samples_every = 10  # steps between rollouts written to samples/; 0 = first and last
     config.log.samples = 4  # rollouts written each time
-    config.log.token_views = 4  # of them compared with the teacher token by token; 0 = off
+    config.log.token_views = 4  # rollouts compared with the teacher, token by token; 0 = off
     config.log.tensorboard = False  # metrics.jsonl also as event files in tensorboard/
     config.log.wandb = False  # metrics.jsonl also to Weights & Biases
     return config

@@ -69,6 +69,7 @@ def test_what_a_model_wrote_is_shown_and_not_run(visit):
     assert page.locator("#main b").count() == 0
     page.locator(".tokens").first.locator("span").nth(8).hover()
     assert "<script>document.title" in page.locator("#tip h4").inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth === innerWidth")
 
 
 def test_hovering_a_token_shows_what_either_side_would_have_said(visit):

@@ -75,7 +75,7 @@ def _context(run: Run) -> dict[str, Any]:
         "training": figures.training(run),
         "training_note": text.training_note(run),
         "lengths": [(found.benchmark, figures.lengths(found)) for found in run.responses],
-        "pairs": [pair for found in run.responses for pair in pairs.select(found)],
+        "pairs": [(found.benchmark, pairs.select(found)) for found in run.responses],
         "token_steps": steps,
         "choices": choices,
         "heat_labels": tokens.heat_labels(),

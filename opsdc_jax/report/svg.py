@@ -87,9 +87,9 @@ class Chart:
         self._marks.append(f'<g class="point {role}">{"".join(parts)}</g>')
 
     def label(self, role: str, x: float, y: float, text: str) -> None:
-        """Text beside a point, to its right."""
+        """Text beside a point, to its right and a little below."""
         self._marks.append(
-            f'<text class="{role}" x="{self._px(x) + 8:.1f}" y="{self._py(y) + 4:.1f}">'
+            f'<text class="{role}" x="{self._px(x) + 8:.1f}" y="{self._py(y) + 14:.1f}">'
             f"{html.escape(text)}</text>"
         )
 

@@ -12,7 +12,8 @@ function element(name, text, parent) {
 }
 
 function shown(text) {
-  return text.trim() || text.replaceAll("\n", "\u21b5").replaceAll(" ", "\u2423") || "(part of a character)";
+  const word = text.trim();
+  return word.length > 60 ? word.slice(0, 60) + "\u2026" : word || text.replaceAll("\n", "\u21b5").replaceAll(" ", "\u2423") || "(part of a character)";
 }
 
 function percent(probability) {
