@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.sampler.max_response_tokens = 160
 
     config.train.steps = 40
-    config.train.micro_batch_size = 32
+    config.train.micro_batch_size = 4
     config.teacher.every = 20
 
     # A model this small needs far larger steps than Qwen3.

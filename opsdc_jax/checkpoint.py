@@ -4,9 +4,10 @@ import dataclasses
 import pathlib
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
+from opsdc_jax import sharding
 from opsdc_jax.distill import TrainState
 from opsdc_jax.models.qwen3 import Params
 
@@ -52,7 +53,7 @@ class Checkpointer:
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Restores a checkpoint to the shapes, dtypes and shardings of `like`."""
         items = self._restore(step, {name: getattr(like, name) for name in _ITEMS})
-        restored_step = jax.device_put(jnp.int32(step), like.step.sharding)
+        restored_step = sharding.place(np.int32(step), like.step.sharding)
         return dataclasses.replace(like, step=restored_step, **items)
 
     def restore_student(self, step: int, like: Params) -> Params:

@@ -15,6 +15,7 @@ from opsdc_jax.config import InputError, default_config, flatten, unknown_key
 EXIT_DONE = 0
 EXIT_FAILED = 1  # an error that is ours, with a traceback
 EXIT_BAD_INPUT = 2  # one sentence on standard error says what to change
+EXIT_STOPPED = 3  # asked to stop; started again, it continues
 
 _HELP = {"--help", "-help", "-h"}
 _OVERRIDE = re.compile(r"--?config\.([^=]+)")

@@ -50,6 +50,8 @@ def default_config() -> ConfigDict:
     config.sampler.temperature = 1.0  # paper
     config.sampler.top_p = 1.0  # paper
     config.sampler.top_k = 0  # 0 = off; paper
+    # Rows that decode at a time, which bounds the KV cache; changes no result. 0: the whole batch
+    config.sampler.slots = 0
 
     config.train = ConfigDict()
     config.train.steps = 100  # the paper reports step 99-100
@@ -70,11 +72,15 @@ def default_config() -> ConfigDict:
     config.optim.b2 = 0.999
     config.optim.weight_decay = 0.01  # paper
     config.optim.clip_norm = 1.0  # global gradient norm; paper
+    config.optim.offload = False  # keep AdamW's moments in the host's pinned memory between updates
 
     config.mesh = ConfigDict()  # devices on each axis; one may be -1, the rest
     config.mesh.replica = 1
     config.mesh.fsdp = -1
     config.mesh.tensor = 1
+    # Devices each layer is split over while sampling, a multiple of tensor; beyond the key/value
+    # heads, keys and values are held more than once. -1: the most up to these heads
+    config.mesh.decode_tensor = -1
 
     config.eval = ConfigDict()
     # Benchmarks, separated by commas: names in opsdc_jax/benchmarks.py (math500, aime24, aime25,
@@ -126,6 +132,7 @@ _NOT_NEGATIVE = (
     "seed",
     "sampler.temperature",
     "sampler.top_k",
+    "sampler.slots",
     "teacher.every",
     "optim.lr",
     "optim.warmup_steps",
@@ -179,6 +186,12 @@ def validate(config: ConfigDict) -> None:
         raise InputError(
             f"train.batch_size={batch} is not a multiple of train.micro_batch_size={micro}: "
             f"choose a micro_batch_size that divides it"
+        )
+    slots = config.sampler.slots
+    if slots and batch % slots:
+        raise InputError(
+            f"train.batch_size={batch} is not a multiple of sampler.slots={slots}: "
+            f"choose slots that divide it, or 0 for the whole batch at once"
         )
 
 

@@ -96,6 +96,7 @@ def make_train_step(
     vocab_size: int,
     shardings: Params,
     teacher_dtype: str,
+    offload_optimizer: bool = False,
 ) -> TrainStep:
     """Builds the jitted pieces.
 
@@ -105,6 +106,7 @@ def make_train_step(
       vocab_size: the tokenizer's entries.
       shardings: tree of the parameters' shardings; teacher and gradients follow it.
       teacher_dtype: dtype of the teacher's parameters.
+      offload_optimizer: between updates, keep the moments in the host's pinned memory.
     """
 
     def cast(params: Params) -> Params:
@@ -164,7 +166,10 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         tokens = jnp.maximum(accumulator.tokens, 1).astype(jnp.float32)
         gradients = jax.tree.map(lambda leaf: leaf / tokens, accumulator.gradients)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.student)
+        moments = state.optimizer
+        if offload_optimizer:
+            moments = jax.device_put(moments, on_device)
+        updates, optimizer_state = optimizer.update(gradients, moments, state.student)
         student = optax.apply_updates(state.student, updates)
         sums = accumulator.sums
         metrics = {
@@ -184,16 +189,22 @@ def make_train_step(
     # which depend on nothing) would be whole on every device.
     abstract = jax.eval_shape(init, qwen3.abstract_params(model))
     whole: Any = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
+    on_device = optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        abstract.optimizer,
+        shardings,
+        transform_non_params=lambda _: whole,
+    )
+    on_host = jax.tree.map(
+        # The count of updates stays on the device: a scalar is not worth a transfer.
+        lambda place: place if place is whole else place.with_memory_kind("pinned_host"),
+        on_device,
+    )
     placed = TrainState(
         student=shardings,
         teacher=shardings,
-        optimizer=optax.tree_map_params(
-            optimizer,
-            lambda _, sharding: sharding,
-            abstract.optimizer,
-            shardings,
-            transform_non_params=lambda _: whole,
-        ),
+        optimizer=on_host if offload_optimizer else on_device,
         step=whole,
     )
     sums = jax.tree.map(lambda _: whole, jax.eval_shape(losses.zero_sums))

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from opsdc_jax import summary
+from opsdc_jax import distributed, summary
 from opsdc_jax.benchmarks import Benchmark
 from opsdc_jax.data import Example
 from opsdc_jax.measures import END_THINK, THINK, is_thought_open
@@ -47,6 +47,8 @@ class System(NamedTuple):
 class Evaluator:
     """Evaluates systems side by side: on the same problems, with the same sampling and budget.
 
+    Of several processes all sample, and the first reads and writes the files.
+
     Attributes:
       settings: the whole configuration.
       prompts, tokenizer, sampler: of the systems' model; the sampler holds the budget.
@@ -69,7 +71,8 @@ class Evaluator:
         complete = True
         for benchmark in self.benchmarks:
             files = self._files(system, benchmark)
-            files.open(self._describe(system, benchmark))
+            if distributed.is_first():
+                files.open(self._describe(system, benchmark))
             complete &= self._sampled(files, benchmark) == self._total(benchmark)
         return complete
 
@@ -82,18 +85,19 @@ class Evaluator:
         self.open(system)
         for benchmark in self.benchmarks:
             files = self._files(system, benchmark)
-            if files.grades.exists():
+            if distributed.from_first(files.grades.exists()):
                 continue
             began = time.perf_counter()
             if self._sampled(files, benchmark) < self._total(benchmark):
                 assert params is not None
                 self._sample(files, system, benchmark, params)
-            summary.grade(files)
-            print(
-                f"evaluated {system.name} on {benchmark.name}: {summary.headline(files)} "
-                f"({time.perf_counter() - began:.0f} s)",
-                flush=True,
-            )
+            if distributed.is_first():
+                summary.grade(files)
+                print(
+                    f"evaluated {system.name} on {benchmark.name}: {summary.headline(files)} "
+                    f"({time.perf_counter() - began:.0f} s)",
+                    flush=True,
+                )
 
     def _files(self, system: System, benchmark: Benchmark) -> SystemFiles:
         return SystemFiles(self.folder / benchmark.name, system.name)
@@ -103,7 +107,10 @@ class Evaluator:
 
     def _sampled(self, files: SystemFiles, benchmark: Benchmark) -> int:
         """How many responses are there; what a crash left unfinished is dropped."""
-        return files.resume(self._total(benchmark), self.settings.eval.batch_size)
+        first = distributed.is_first()
+        return distributed.from_first(
+            files.resume(self._total(benchmark), self.settings.eval.batch_size) if first else 0
+        )
 
     def _render(self, system: System) -> Callable[[str], list[int]]:
         return self.prompts.teacher if system.concise else self.prompts.student
@@ -128,7 +135,8 @@ class Evaluator:
             batch_size=options.batch_size,
             first=first,
         ):
-            files.append(rows)
+            if distributed.is_first():
+                files.append(rows)
             done += len(rows)
             now = time.perf_counter()
             if done < total and now - printed > _PROGRESS_SECONDS:
@@ -200,7 +208,7 @@ def responses(
     for start in range(first, total, batch_size):
         numbers = np.arange(start, start + batch_size) % total
         indices_B, samples_B = np.divmod(numbers, samples)
-        keys_B = _response_keys(seed, samples_B, indices_B)
+        keys_B = sequence_keys(seed, EVAL_STREAM, samples_B, indices_B)
         rollout = jax.device_get(
             sampler(params, [prompts[index] for index in indices_B], keys_B, sampling)
         )
@@ -224,13 +232,3 @@ def responses(
                 }
             )
         yield rows
-
-
-@jax.jit
-def _response_keys(seed: int, samples_B: Any, indices_B: Any) -> jax.Array:
-    """One key per response, [B]: the sample's number takes the place of a training step."""
-
-    def key(sample: jax.Array, index: jax.Array) -> jax.Array:
-        return sequence_keys(seed, EVAL_STREAM, sample, index[None])[0]
-
-    return jax.vmap(key)(samples_B, indices_B)

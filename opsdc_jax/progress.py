@@ -17,22 +17,23 @@ class Progress:
 
     A step's values are fetched while the next step's rollout runs, so the device never waits for
     the host. A step lasts from the end of the one before to its own end on the device.
+
+    Args:
+      metrics_file: None where another process writes it.
     """
 
-    def __init__(self, metrics_file: MetricsFile, last_step: int):
+    def __init__(self, metrics_file: MetricsFile | None, last_step: int):
         self._file = metrics_file
         self._last_step = last_step
         self._durations: collections.deque[float] = collections.deque(maxlen=8)
-        self._pending: tuple[dict[str, Any], dict[str, jax.Array]] | None = None
+        self._pending: tuple[dict[str, Any], dict[str, Any]] | None = None
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leaves the time since the last step out of the next one's."""
         self._mark = time.perf_counter()
 
-    def add(
-        self, step: int, metrics: dict[str, jax.Array], sampled: Rollout, compilations: int
-    ) -> None:
+    def add(self, step: int, metrics: dict[str, Any], sampled: Rollout, compilations: int) -> None:
         """Keeps a step's metrics until `print_pending`."""
         row = {
             "step": step,
@@ -53,7 +54,8 @@ class Progress:
         self._durations.append(time.perf_counter() - self._mark)
         self.restart_clock()
         row["tokens_per_s"] /= self._durations[-1]
-        self._file.write(row)
+        if self._file:
+            self._file.write(row)
         # The median of the newest steps: the compilations of the first ones do not come again.
         left = float(np.median(self._durations)) * (self._last_step - row["step"])
         print(

@@ -1,18 +1,25 @@
 """One jitted generate call: left-padded prompts in, prefill, decode loop with early exit.
 
-The sampler reads the very parameters that train. The KV cache is made inside the call and never
-leaves it. Shapes: B rows, P prompt width, R response width, S = P + R cache slots, V vocabulary.
+The sampler reads the very parameters that train: the call begins by casting them to the compute
+dtype and laying them out for decoding, on the devices. That copy and the KV cache are made inside
+the call and never leave it.
+
+Shapes: B rows, P prompt width, R response width, S = P + R cache slots, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from opsdc_jax import sharding
+from opsdc_jax.config import InputError
 from opsdc_jax.models import qwen3
 from opsdc_jax.models.qwen3 import KVCache, Params, Qwen3Config
 from opsdc_jax.rollout import Rollout, fitting, left_pad
@@ -49,18 +56,29 @@ class _Decode(NamedTuple):
     caches: list[KVCache]
 
 
-@jax.jit
-def sequence_keys(seed: int, stream: int, step: int, examples: jax.Array | np.ndarray) -> jax.Array:
+def sequence_keys(
+    seed: int, stream: int, step: int | np.ndarray, examples: np.ndarray
+) -> jax.Array:
     """One key per sequence, [B], a pure function of (seed, stream, step, example).
 
     Args:
       stream: `TRAIN_STREAM` or `EVAL_STREAM`.
+      step: of training; of an evaluation the numbers of the samples, [B].
       examples: [B] integers naming the sequences, whatever their place in the batch.
     """
-    key = jax.random.key(seed)
-    for number in (stream, step):
-        key = jax.random.fold_in(key, number)
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, examples)
+    steps = np.broadcast_to(step, examples.shape)
+    return _sequence_keys(*jax.device_put((seed, stream, steps, examples)))
+
+
+@jax.jit
+def _sequence_keys(
+    seed: jax.Array, stream: jax.Array, steps_B: jax.Array, examples_B: jax.Array
+) -> jax.Array:
+    def sequence_key(step: jax.Array, example: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(key, step), example)
+
+    key = jax.random.fold_in(jax.random.key(seed), stream)
+    return jax.vmap(sequence_key)(steps_B, examples_B)
 
 
 class Request(NamedTuple):
@@ -84,27 +102,82 @@ class Request(NamedTuple):
     pad_id: jax.Array | int
 
 
-_STATIC = ("config", "vocab_size", "response_width")
+def decode_mesh(config: Qwen3Config, mesh: Mesh, width: int) -> Mesh:
+    """The mesh of training, cut for decoding (`sharding.make_decode_mesh`).
+
+    Each device holds, during a rollout, 1 / width of the weights in compute dtype, and the KV cache
+    of its rows and heads. A width up to the number of key/value heads is the best of both: no key
+    or value is held twice, and the weights read for a token are spread over `width` memories.
+
+    Args:
+      mesh: of training.
+      width: devices that each layer is split over; -1 takes the most, up to one a key/value head.
+
+    Raises:
+      InputError: the model cannot be split so.
+    """
+
+    def cut(width: int) -> Mesh:
+        made = sharding.make_decode_mesh(mesh, width, config.num_key_value_heads)
+        qwen3.shardings(config, made, sharding.DECODE_RULES)  # refuses what does not divide
+        return made
+
+    if width == -1:
+        for wide in reversed(sharding.decode_widths(mesh, config.num_key_value_heads)):
+            if wide <= config.num_key_value_heads:
+                with contextlib.suppress(InputError):
+                    return cut(wide)
+        width = mesh.shape["tensor"]
+    return cut(width)
+
+
+_STATIC = ("config", "mesh", "vocab_size", "response_width")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def generate(
-    params: Params, config: Qwen3Config, request: Request, *, vocab_size: int, response_width: int
+    params: Params,
+    config: Qwen3Config,
+    request: Request,
+    *,
+    mesh: Mesh,
+    vocab_size: int,
+    response_width: int,
 ) -> Rollout:
     """Samples one response for each prompt: prefill, then decoding until all are done.
 
     Args:
+      mesh: `decode_mesh` of the mesh that the parameters lie on.
       vocab_size: the tokenizer's entries; embedding rows beyond them are never sampled.
       response_width: static size of the buffers, at least the budget.
+
+    Returns:
+      the responses, whole on every device, so that every process of a run can read all of them.
     """
-    state = _prefill(params, config, request, vocab_size, response_width)
+    params = _for_decoding(params, config, mesh)
+    state = _prefill(params, config, request, mesh, vocab_size, response_width)
     state = _decode(params, config, request, state, vocab_size, response_width)
-    return Rollout(
+    rollout = Rollout(
         tokens_BxR=state.tokens_BxR,
         lengths_B=state.lengths_B,
         stopped_B=state.done_B,
         logprobs_BxR=state.logprobs_BxR,
     )
+    return jax.lax.with_sharding_constraint(rollout, NamedSharding(mesh, PartitionSpec()))
+
+
+def _for_decoding(params: Params, config: Qwen3Config, mesh: Mesh) -> Params:
+    """The parameters in compute dtype and decoding's layout.
+
+    In two moves: first the heads (and feed-forward width, and vocabulary) are split as they will
+    be, by all-to-alls, then `embed` is gathered. Asked for both at once, the compiler gathers every
+    parameter whole on every device.
+    """
+    params = jax.tree.map(lambda leaf: leaf.astype(config.compute_dtype), params)
+    for rules in ({**sharding.DECODE_RULES, "embed": "fsdp"}, sharding.DECODE_RULES):
+        placed = qwen3.shardings(config, mesh, rules)
+        params = jax.lax.with_sharding_constraint(params, placed)
+    return params
 
 
 def stream(
@@ -112,6 +185,7 @@ def stream(
     config: Qwen3Config,
     request: Request,
     *,
+    mesh: Mesh,
     vocab_size: int,
     response_width: int,
     segment: int,
@@ -120,7 +194,7 @@ def stream(
 
     The cache stays on the device and is donated from one segment to the next.
     """
-    static = {"vocab_size": vocab_size, "response_width": response_width}
+    static = {"mesh": mesh, "vocab_size": vocab_size, "response_width": response_width}
     state = _start(params, config, request, **static)
     budget = min(int(request.sampling.max_tokens), response_width)
     while True:
@@ -135,9 +209,16 @@ def stream(
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _start(
-    params: Params, config: Qwen3Config, request: Request, *, vocab_size: int, response_width: int
+    params: Params,
+    config: Qwen3Config,
+    request: Request,
+    *,
+    mesh: Mesh,
+    vocab_size: int,
+    response_width: int,
 ) -> _Decode:
-    return _prefill(params, config, request, vocab_size, response_width)
+    params = _for_decoding(params, config, mesh)
+    return _prefill(params, config, request, mesh, vocab_size, response_width)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
@@ -148,14 +229,16 @@ def _advance(
     state: _Decode,
     until: jax.Array,
     *,
+    mesh: Mesh,
     vocab_size: int,
     response_width: int,
 ) -> _Decode:
+    params = _for_decoding(params, config, mesh)
     return _decode(params, config, request, state, vocab_size, response_width, until)
 
 
 def _prefill(
-    params: Params, config: Qwen3Config, request: Request, vocab_size: int, R: int
+    params: Params, config: Qwen3Config, request: Request, mesh: Mesh, vocab_size: int, R: int
 ) -> _Decode:
     """Runs the prompts and draws each response's first token."""
     B, P = request.prompts_BxP.shape
@@ -169,7 +252,11 @@ def _prefill(
         valid_BxT=slots >= first_B[:, None],
     )
     room = ((0, 0), (0, 0), (0, 0), (0, R), (0, 0))
-    stacked = jax.tree.map(lambda leaf: jnp.pad(leaf, room), stacked)
+    # Stated: a cache that followed the compiler's choice could be whole on every device.
+    split = sharding.spec(sharding.DECODE_RULES, ("layers", "batch", "kv_heads", None, None))
+    stacked = jax.lax.with_sharding_constraint(
+        jax.tree.map(lambda leaf: jnp.pad(leaf, room), stacked), NamedSharding(mesh, split)
+    )
     state = _Decode(
         step=jnp.int32(0),
         token_B=jnp.zeros((B,), jnp.int32),
@@ -288,20 +375,23 @@ class Sampler:
     """Host side of `generate`: pads prompts to one width and places their rows on the mesh.
 
     Attributes:
+      mesh: of decoding (`decode_mesh`).
       prompt_buckets: widths that prompts are padded to, ascending (`rollout.length_buckets`).
       response_width: static width of the buffers, in tokens.
       vocab_size: the tokenizer's entries.
       stop_ids, pad_id: see `Request`.
-      rows: sharding of a batch, rows split over the batch axes.
+      slots: rows that decode at a time, which bounds the KV cache; 0 is the whole batch. The next
+        rows wait until all of these are done.
     """
 
     model: Qwen3Config
+    mesh: Mesh
     prompt_buckets: tuple[int, ...]
     response_width: int
     vocab_size: int
     stop_ids: tuple[int, ...]
     pad_id: int
-    rows: jax.sharding.NamedSharding
+    slots: int = 0
 
     def __call__(
         self,
@@ -310,9 +400,18 @@ class Sampler:
         keys_B: jax.Array,
         sampling: SamplingParams,
     ) -> Rollout:
-        """Starts one response for each prompt; the arrays may still be under way on return."""
-        request = self._request(prompts, keys_B, sampling)
-        return generate(params, self.model, request, **self._static)
+        """Starts one response for each prompt; the arrays may still be under way on return.
+
+        A sequence's key alone decides what is drawn, so waves of `slots` rows change no response.
+        """
+        wave = self.slots or len(prompts)
+        width = fitting(self.prompt_buckets, max(map(len, prompts)))
+        waves = []
+        for start in range(0, len(prompts), wave):
+            rows = slice(start, start + wave)
+            request = self._request(prompts[rows], width, keys_B[rows], sampling)
+            waves.append(generate(params, self.model, request, **self._static))
+        return waves[0] if len(waves) == 1 else _joined(waves)
 
     def stream(
         self,
@@ -323,19 +422,33 @@ class Sampler:
         segment: int,
     ) -> Iterator[Rollout]:
         """The responses as they grow, every `segment` tokens (see `stream`)."""
-        request = self._request(prompts, keys_B, sampling)
+        width = fitting(self.prompt_buckets, max(map(len, prompts)))
+        request = self._request(prompts, width, keys_B, sampling)
         return stream(params, self.model, request, segment=segment, **self._static)
 
     @property
-    def _static(self) -> dict[str, int]:
-        return {"vocab_size": self.vocab_size, "response_width": self.response_width}
+    def _static(self) -> dict[str, Any]:
+        return {
+            "mesh": self.mesh,
+            "vocab_size": self.vocab_size,
+            "response_width": self.response_width,
+        }
 
     def _request(
-        self, prompts: Sequence[Sequence[int]], keys_B: jax.Array, sampling: SamplingParams
+        self,
+        prompts: Sequence[Sequence[int]],
+        width: int,
+        keys_B: jax.Array,
+        sampling: SamplingParams,
     ) -> Request:
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        width = fitting(self.prompt_buckets, int(lengths.max()))
-        padded = left_pad(prompts, width, self.pad_id)
-        padded, lengths, keys_B = jax.device_put((padded, lengths, keys_B), self.rows)
-        stop_ids = np.asarray(self.stop_ids, np.int32)
-        return Request(padded, lengths, keys_B, sampling, stop_ids, self.pad_id)
+        rows = sharding.batch_sharding(self.mesh)
+        padded, lengths = sharding.place((left_pad(prompts, width, self.pad_id), lengths), rows)
+        rest = sampling, np.asarray(self.stop_ids, np.int32), self.pad_id
+        return Request(padded, lengths, keys_B, *jax.device_put(rest))
+
+
+@jax.jit
+def _joined(waves: list[Rollout]) -> Rollout:
+    """The rows of all waves, in order."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *waves)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from opsdc_jax import losses
+from opsdc_jax import losses, sharding
 from opsdc_jax.distill import response_hidden
 from opsdc_jax.models import qwen3
 from opsdc_jax.models.qwen3 import Params, Qwen3Config
@@ -165,11 +165,12 @@ class TokenViewer:
                 part,
                 [student_prompts[row] for row in chosen],
                 [teacher_prompts[row] for row in chosen],
-                prompt_width=self.prompt_width,
+                student_width=self.prompt_width + self.response_width,
+                teacher_width=self.prompt_width + self.response_width,
                 response_width=self.response_width,
                 pad_id=self.pad_id,
             )
-            compared = self.compare(student, teacher, jax.device_put(batch, self.rows))
+            compared = self.compare(student, teacher, sharding.place(batch, self.rows))
             compared = jax.device_get(compared)
             for row in range(min(self.rows_at_a_time, count - start)):
                 length = int(part.lengths_B[row])

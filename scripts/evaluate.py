@@ -34,7 +34,7 @@ from opsdc_jax.files import fingerprint, write_json
 from opsdc_jax.models import hf, qwen3, weights
 from opsdc_jax.models.qwen3 import Qwen3Config
 from opsdc_jax.prompts import Prompts
-from opsdc_jax.sampler import Sampler
+from opsdc_jax.sampler import Sampler, decode_mesh
 
 # Flag -> the key of the configuration that holds its default and its limits, and its help.
 _FLAGS = {
@@ -86,7 +86,6 @@ def main(argv: Sequence[str]) -> int:
     if args.compare:
         work.append((open_model(settings, args.compare), results.STUDENT, False))
     mesh = sharding.make_mesh(settings.mesh)
-    sharding.check_divides(mesh, "batch_size", settings.eval.batch_size)
     jobs = []
     for model, name, concise in work:
         evaluator = make_evaluator(settings, model, mesh, benchmarks, out / "eval")
@@ -188,7 +187,8 @@ def make_evaluator(
     """The evaluator of a model's systems.
 
     Raises:
-      InputError: the budget leaves too few positions for the prompts.
+      InputError: the budget leaves too few positions for the prompts, or the devices do not divide
+        the batch or the model.
     """
     prompts, budget = model.prompts, settings.eval.max_response_tokens
     room = model.config.max_position_embeddings - budget
@@ -203,14 +203,16 @@ def make_evaluator(
             f"--budget={budget} is too much: with a prompt of {longest} tokens it exceeds the "
             f"{model.config.max_position_embeddings} positions of {model.path}"
         )
+    decoding = decode_mesh(model.config, mesh, settings.mesh.decode_tensor)
+    sharding.check_divides(decoding, "batch_size", settings.eval.batch_size)
     sampler = Sampler(
         model=model.config,
+        mesh=decoding,
         prompt_buckets=rollout.length_buckets(min(room, settings.sampler.max_prompt_tokens)),
         response_width=budget,
         vocab_size=len(model.tokenizer),
         stop_ids=hf.stop_token_ids(model.folder, model.tokenizer),
         pad_id=model.tokenizer.pad_token_id,
-        rows=sharding.batch_sharding(mesh),
     )
     return Evaluator(settings, benchmarks, prompts, model.tokenizer, sampler, folder)
 

@@ -25,7 +25,7 @@ from opsdc_jax.config import InputError
 from opsdc_jax.models.qwen3 import Params, Qwen3Config
 from opsdc_jax.progress import seconds
 from opsdc_jax.prompts import Prompts
-from opsdc_jax.sampler import Sampler, SamplingParams
+from opsdc_jax.sampler import Sampler, SamplingParams, decode_mesh
 from opsdc_jax.statistics import HEADLINE
 from opsdc_jax.tiny import pretrain, task, tokenizer
 
@@ -102,12 +102,12 @@ def measure(
     mesh = sharding.make_mesh({"replica": 1, "fsdp": -1, "tensor": 1})
     sampler = Sampler(
         model=config,
+        mesh=decode_mesh(config, mesh, -1),
         prompt_buckets=(PROMPT_WIDTH,),
         response_width=RESPONSE_WIDTH,
         vocab_size=len(words),
         stop_ids=(words.eos_token_id,),
         pad_id=words.pad_token_id,
-        rows=sharding.batch_sharding(mesh),
     )
     examples = data.tiny_evaluation(0, samples_per_level)
     measured = {}

@@ -27,7 +27,7 @@ from opsdc_jax.config import DTYPES, InputError
 from opsdc_jax.models import hf, qwen3, weights
 from opsdc_jax.prompts import TEMPLATES, Prompts
 from opsdc_jax.rollout import Rollout
-from opsdc_jax.sampler import EVAL_STREAM, Sampler, SamplingParams, sequence_keys
+from opsdc_jax.sampler import EVAL_STREAM, Sampler, SamplingParams, decode_mesh, sequence_keys
 
 SEGMENT = 16  # tokens between two looks at the responses
 MAX_TOKENS = 4096  # budget of a response where none is given and the model has the positions
@@ -61,12 +61,12 @@ def main(argv: Sequence[str]) -> int:
     mesh = sharding.make_mesh({"replica": 1, "fsdp": 1, "tensor": -1})
     sampler = Sampler(
         model=config,
+        mesh=decode_mesh(config, mesh, -1),
         prompt_buckets=(longest,),
         response_width=args.max_tokens or min(MAX_TOKENS, room),
         vocab_size=len(tokenizer),
         stop_ids=hf.stop_token_ids(folder, tokenizer),
         pad_id=tokenizer.pad_token_id,
-        rows=sharding.batch_sharding(mesh),
     )
     cli.use_compilation_cache()
     params = weights.load_params(

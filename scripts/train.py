@@ -4,10 +4,14 @@ Any key of the configuration can be overridden: --config.train.steps=20. The key
 and units are in opsdc_jax/config.py. A workdir with an unfinished run of the same configuration is
 continued; with a finished one its table is printed.
 
+Several hosts run the same command each, see docs/launch.md. SIGTERM to any of them stops the run
+after its step, with a checkpoint.
+
 Exit codes: 0 done; 1 an unexpected error (with a traceback); 2 bad input (one sentence says what
-to change, before anything is compiled).
+to change, before anything is compiled); 3 stopped when asked to, the same command continues.
 """
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -27,6 +31,7 @@ from opsdc_jax import (
     config,
     data,
     distill,
+    distributed,
     report,
     results,
     rollout,
@@ -42,7 +47,7 @@ from opsdc_jax.models import hf, qwen3, weights
 from opsdc_jax.models.qwen3 import Qwen3Config
 from opsdc_jax.progress import Progress
 from opsdc_jax.prompts import Prompts
-from opsdc_jax.sampler import TRAIN_STREAM, Sampler, SamplingParams, sequence_keys
+from opsdc_jax.sampler import TRAIN_STREAM, Sampler, SamplingParams, decode_mesh, sequence_keys
 from opsdc_jax.summary import summarise
 from opsdc_jax.token_view import TokenViewer
 from opsdc_jax.workdir import Workdir, beside_finished, is_finished
@@ -84,14 +89,20 @@ def main(argv: Sequence[str]) -> int:
     args = cli.parse(values, argv)
     config.validate(args.config)
     check_mirrors(args.config.log)
+    distributed.initialize()
     path = args.workdir or f"runs/{cli.config_name(argv)}"
     workdir = Workdir(beside_finished(path) if args.new_if_finished else path, args.config)
     if not is_finished(workdir.path):
         parts = prepare(args.config)
-        workdir.create()
+        distributed.wait_for_all("inputs are checked")
+        if distributed.is_first():
+            workdir.create()
         cli.use_compilation_cache()
         describe(args.config, parts, workdir)
-        train(args.config, parts, workdir)
+        if not train(args.config, parts, workdir):
+            return cli.EXIT_STOPPED
+    if not distributed.is_first():
+        return cli.EXIT_DONE
     summary = read_json(workdir.summary)
     print(f"\n{report.tables(summary)}")
     print(f"\n{report.write(workdir.path)}\neverything is in {workdir.path}")
@@ -110,22 +121,27 @@ def prepare(settings: ConfigDict) -> Parts:
     hf.check_vocabulary(tokenizer, model)
     mesh = sharding.make_mesh(settings.mesh)
     shardings = qwen3.shardings(model, mesh)
-    keys = ["train.micro_batch_size", "train.batch_size"]
+    decoding = decode_mesh(model, mesh, settings.mesh.decode_tensor)
+    sharding.check_divides(mesh, "train.micro_batch_size", settings.train.micro_batch_size)
+    keys = ["sampler.slots" if settings.sampler.slots else "train.batch_size"]
     keys += ["eval.batch_size"] if settings.eval.source != "none" else []
     for key in keys:
-        sharding.check_divides(mesh, key, config.get(settings, key))
+        sharding.check_divides(decoding, key, config.get(settings, key))
     prompts = Prompts(tokenizer, **settings.prompts)
     source, benchmarks = open_data(settings, prompts)
     sampler = Sampler(
         model=model,
+        mesh=decoding,
         prompt_buckets=rollout.length_buckets(settings.sampler.max_prompt_tokens),
         response_width=settings.sampler.max_response_tokens,
         vocab_size=len(tokenizer),
         stop_ids=hf.stop_token_ids(folder, tokenizer),
         pad_id=tokenizer.pad_token_id,
-        rows=sharding.batch_sharding(mesh),
+        slots=settings.sampler.slots,
     )
-    eval_sampler = dataclasses.replace(sampler, response_width=settings.eval.max_response_tokens)
+    eval_sampler = dataclasses.replace(
+        sampler, response_width=settings.eval.max_response_tokens, slots=0
+    )
     examples = [example for benchmark in benchmarks for example in benchmark.examples]
     check_budgets(prompts, [*examples, *source.train(1, 256)], sampler, eval_sampler)
     files = weights.check_files(folder, model)
@@ -190,7 +206,10 @@ def describe(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
     """Prints what the run will do."""
     leaves = jax.tree.leaves(qwen3.abstract_params(parts.model))
     size = sum(math.prod(leaf.shape) for leaf in leaves)
-    axes = " ".join(f"{axis}={size}" for axis, size in parts.mesh.shape.items())
+    axes, decoding = (
+        " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        for mesh in (parts.mesh, parts.sampler.mesh)
+    )
     teacher = (
         f"refreshed every {settings.teacher.every} steps" if settings.teacher.every else "frozen"
     )
@@ -198,7 +217,8 @@ def describe(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
         f"model    {settings.model.path}: {size / 1e6:,.2f} M parameters, "
         f"{parts.model.num_hidden_layers} layers, {settings.model.compute_dtype}\n"
         f"teacher  the same weights under instruction {settings.prompts.instruction!r}, {teacher}\n"
-        f"devices  {jax.device_count()} x {jax.devices()[0].device_kind}; mesh {axes}\n"
+        f"devices  {jax.device_count()} x {jax.devices()[0].device_kind}; mesh {axes}; "
+        f"decoding {decoding}\n"
         f"train    {settings.train.steps} steps of {settings.train.batch_size} rollouts "
         f"(micro-batches of {settings.train.micro_batch_size}), at most "
         f"{settings.sampler.max_response_tokens} tokens each; {settings.loss.divergence}\n"
@@ -213,8 +233,12 @@ def describe(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
         print(f"{side} prompt, {len(ids)} tokens:\n    {text}".replace("\n", "\n    "))
 
 
-def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
-    """THE loop: sample, pair, accumulate, apply; teacher, checkpoints and evaluations on time."""
+def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> bool:
+    """THE loop: sample, pair, accumulate, apply; teacher, checkpoints and evaluations on time.
+
+    Returns:
+      False if it was asked to stop before the last step.
+    """
     compilations = CompileCounter()
     jitted = distill.make_train_step(
         parts.model,
@@ -224,14 +248,15 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
         vocab_size=len(parts.tokenizer),
         shardings=parts.shardings,
         teacher_dtype=settings.model.teacher_dtype,
+        offload_optimizer=settings.optim.offload,
     )
     rows = sharding.batch_sharding(parts.mesh)
     viewer = token_viewer(settings, parts)
     sampling = SamplingParams(
         settings.sampler.temperature, settings.sampler.top_p, settings.sampler.top_k
     )
-    response_buckets = rollout.length_buckets(settings.sampler.max_response_tokens)
     batch_size, last_step = settings.train.batch_size, settings.train.steps
+    longest = settings.sampler.max_prompt_tokens + settings.sampler.max_response_tokens
 
     evaluator = Evaluator(
         settings,
@@ -244,7 +269,8 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
 
     with checkpoint.Checkpointer(workdir.checkpoints, settings.checkpoint.keep) as checkpoints:
         first_step = checkpoints.latest_step() or 0
-        results.remove_later_students(workdir.eval, first_step)
+        if distributed.is_first():
+            results.remove_later_students(workdir.eval, first_step)
         if first_step:
             state = checkpoints.restore(first_step, like=jitted.like)
             print(f"continuing after step {first_step}")
@@ -258,51 +284,62 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
                 base = System(name, settings.model.path, parts.weights, concise)
                 evaluator.run(base, state.student)
 
-        mirrors = open_mirrors(workdir.path, settings, first_step)
-        with MetricsFile(workdir.metrics, first_step, mirrors) as metrics_file:
+        with contextlib.ExitStack() as stack:
+            stop_asked = stack.enter_context(distributed.stop_requests())
+            metrics_file = None
+            if distributed.is_first():
+                mirrors = open_mirrors(workdir.path, settings, first_step)
+                metrics_file = stack.enter_context(
+                    MetricsFile(workdir.metrics, first_step, mirrors)
+                )
             progress = Progress(metrics_file, last_step)
             for step in range(first_step + 1, last_step + 1):
-                examples = parts.source.train(step, batch_size)
-                student_prompts = [parts.prompts.student(e.problem) for e in examples]
-                teacher_prompts = [parts.prompts.teacher(e.problem) for e in examples]
-                keys = sequence_keys(settings.seed, TRAIN_STREAM, step, np.arange(batch_size))
-                sampled = parts.sampler(state.student, student_prompts, keys, sampling)
-                progress.print_pending()  # the last step's metrics, while this step's rollout runs
-                sampled = jax.device_get(sampled)
-                if step == 1 or due(step, settings.log.samples_every, last_step):
-                    # Before the update: by the very student that sampled, and its teacher.
-                    views = viewer(
-                        state.student,
-                        state.teacher,
+                if stop_asked():
+                    progress.print_pending()
+                    checkpoints.save(state, step - 1)
+                    print(f"stopped after step {step - 1}: the same command continues")
+                    return False
+                with sharding.explicit_transfers():
+                    examples = parts.source.train(step, batch_size)
+                    student_prompts = [parts.prompts.student(e.problem) for e in examples]
+                    teacher_prompts = [parts.prompts.teacher(e.problem) for e in examples]
+                    keys = sequence_keys(settings.seed, TRAIN_STREAM, step, np.arange(batch_size))
+                    sampled = parts.sampler(state.student, student_prompts, keys, sampling)
+                    progress.print_pending()  # the last step's, while this step's rollout runs
+                    sampled = jax.device_get(sampled)
+                    if step == 1 or due(step, settings.log.samples_every, last_step):
+                        # Before the update: by the very student that sampled, and its teacher.
+                        views = viewer(
+                            state.student,
+                            state.teacher,
+                            sampled,
+                            student_prompts,
+                            teacher_prompts,
+                            settings.log.token_views,
+                        )
+                        if distributed.is_first():
+                            write_samples(workdir, step, examples, sampled, views, parts, settings)
+
+                    micro_batches = rollout.micro_batches(
                         sampled,
                         student_prompts,
                         teacher_prompts,
-                        settings.log.token_views,
+                        micro_batch_size=settings.train.micro_batch_size,
+                        longest=longest,
+                        pad_id=parts.tokenizer.pad_token_id,
                     )
-                    write_samples(workdir, step, examples, sampled, views, parts, settings)
+                    accumulator = jitted.zeros(state.student)
+                    for batch in micro_batches:
+                        accumulator = jitted.accumulate(
+                            state.student, state.teacher, accumulator, sharding.place(batch, rows)
+                        )
+                    state, metrics = jitted.apply(state, accumulator)
+                    del accumulator  # a gradient's memory, through the next rollout
+                    if distill.refresh_due(step, settings.teacher.every):
+                        teacher = jitted.refresh(state.student, state.teacher)
+                        state = dataclasses.replace(state, teacher=teacher)
 
-                accumulator = jitted.zeros(state.student)
-                for micro_batch in rollout.micro_batches(
-                    sampled,
-                    student_prompts,
-                    teacher_prompts,
-                    micro_batch_size=settings.train.micro_batch_size,
-                    prompt_buckets=parts.sampler.prompt_buckets,
-                    response_buckets=response_buckets,
-                    pad_id=parts.tokenizer.pad_token_id,
-                ):
-                    accumulator = jitted.accumulate(
-                        state.student,
-                        state.teacher,
-                        accumulator,
-                        jax.device_put(micro_batch, rows),
-                    )
-                state, metrics = jitted.apply(state, accumulator)
-                del accumulator  # a gradient's memory, through the next rollout
-                if distill.refresh_due(step, settings.teacher.every):
-                    teacher = jitted.refresh(state.student, state.teacher)
-                    state = dataclasses.replace(state, teacher=teacher)
-
+                metrics["padding_efficiency"] = rollout.padding_efficiency(micro_batches)
                 progress.add(step, metrics, sampled, compilations.count)
                 if due(step, settings.checkpoint.every_steps, last_step):
                     progress.print_pending()  # a saved step must not miss in metrics.jsonl
@@ -312,7 +349,9 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> None:
                     evaluator.run(student(settings, step), state.student)
                     progress.restart_clock()
     print(compilations)
-    write_json(workdir.summary, summarise(workdir.eval))  # marks the run as finished
+    if distributed.is_first():
+        write_json(workdir.summary, summarise(workdir.eval))  # marks the run as finished
+    return True
 
 
 def student(settings: ConfigDict, step: int) -> System:

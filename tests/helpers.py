@@ -6,6 +6,7 @@ import types
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from opsdc_jax.models import qwen3
 from opsdc_jax.models.qwen3 import Params, Qwen3Config
@@ -25,9 +26,19 @@ SMALL = Qwen3Config(
 )
 
 
+def load_config(name: str) -> ConfigDict:
+    """What configs/NAME.py configures."""
+    return load_module(ROOT / "configs" / f"{name}.py").get_config()
+
+
 def load_script(name: str) -> types.ModuleType:
     """scripts/NAME.py as a module, without running its main."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    return load_module(ROOT / "scripts" / f"{name}.py")
+
+
+def load_module(path: pathlib.Path) -> types.ModuleType:
+    """A file that is no part of the package, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -37,7 +37,8 @@ def logprob_gap(name: str) -> float:
         sampled,
         model.inputs.prompts,
         model.inputs.prompts,
-        prompt_width=PROMPT_WIDTH,
+        student_width=PROMPT_WIDTH + NEW_TOKENS,
+        teacher_width=PROMPT_WIDTH + NEW_TOKENS,
         response_width=NEW_TOKENS,
         pad_id=PAD_ID,
     )

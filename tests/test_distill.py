@@ -23,7 +23,7 @@ OPTIM = types.SimpleNamespace(
 )
 
 
-def make_train_step(teacher_dtype):
+def make_train_step(teacher_dtype, **options):
     mesh = sharding.make_mesh({"replica": 1, "fsdp": -1, "tensor": 1})
     return distill.make_train_step(
         SMALL,
@@ -33,6 +33,7 @@ def make_train_step(teacher_dtype):
         vocab_size=ENTRIES,
         shardings=qwen3.shardings(SMALL, mesh),
         teacher_dtype=teacher_dtype,
+        **options,
     )
 
 
@@ -80,13 +81,9 @@ def accumulated(jitted, student, teacher, batches):
     return accumulator
 
 
-def cut(batch_inputs, micro_batch_size, buckets=(WIDTH,)):
+def cut(batch_inputs, micro_batch_size):
     return micro_batches(
-        *batch_inputs,
-        micro_batch_size=micro_batch_size,
-        prompt_buckets=(PROMPT_WIDTH,),
-        response_buckets=buckets,
-        pad_id=PAD,
+        *batch_inputs, micro_batch_size=micro_batch_size, longest=PROMPT_WIDTH + WIDTH, pad_id=PAD
     )
 
 
@@ -122,11 +119,13 @@ def test_loss_and_gradient_are_those_of_each_row_alone(student, teacher, batch_i
     assert relative_error(whole.gradients, gradient) <= 1e-5
 
 
-@pytest.mark.parametrize(("micro_batch_size", "buckets"), [(1, (16,)), (2, (4, 16))])
-def test_micro_batches_and_their_buckets_change_nothing(
-    jitted, student, teacher, batch_inputs, whole, micro_batch_size, buckets
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_micro_batches_and_their_widths_change_nothing(
+    jitted, student, teacher, batch_inputs, whole, micro_batch_size
 ):
-    parts = accumulated(jitted, student, teacher, cut(batch_inputs, micro_batch_size, buckets))
+    batches = cut(batch_inputs, micro_batch_size)
+    assert len({batch.student_BxT.shape for batch in batches}) > 1
+    parts = accumulated(jitted, student, teacher, batches)
     assert int(parts.tokens) == int(whole.tokens)
     for name, expected in whole.sums._asdict().items():
         assert float(getattr(parts.sums, name)) == pytest.approx(float(expected), rel=1e-6)
@@ -142,7 +141,8 @@ def test_padding_rows_and_padding_tokens_change_nothing(
         padded,
         [*student_prompts, [], [5], [7, 7], []],
         [*teacher_prompts, [], [5], [7, 7], []],
-        prompt_width=PROMPT_WIDTH,
+        student_width=PROMPT_WIDTH + WIDTH,
+        teacher_width=PROMPT_WIDTH + WIDTH,
         response_width=WIDTH,
         pad_id=PAD,
     )
@@ -173,6 +173,22 @@ def test_apply_is_clipped_adamw_on_the_token_mean(jitted, student, whole):
         float(whole.sums.divergence) / int(whole.tokens), rel=1e-6
     )
     assert float(metrics["logprob_gap_max"]) >= float(metrics["logprob_gap_mean"]) > 0
+
+
+def test_moments_on_the_host_change_nothing_and_stay_there(jitted, student, whole):
+    """Two updates: the second starts from moments that are not zero."""
+    offloaded = make_train_step(teacher_dtype="float32", offload_optimizer=True)
+    states = []
+    for step in (jitted, offloaded):
+        state = step.init(copy(student))
+        for _ in range(2):
+            state, _ = step.apply(state, whole)
+        states.append(state)
+    assert trees_equal(*(jax.device_get((state.student, state.optimizer)) for state in states))
+    for state, expected in zip(states, ("device", "pinned_host"), strict=True):
+        moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+        assert {leaf.sharding.memory_kind for leaf in moments} == {expected}
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.student)} == {"device"}
 
 
 def test_learning_rate_warms_up_linearly_to_a_constant():
@@ -236,7 +252,7 @@ def test_steady_state_compiles_nothing(jitted, student, teacher, batch_inputs):
         rows = rng.permutation(ROWS)
         shuffled = jax.tree.map(lambda leaf: leaf[rows], rollout)
         inputs = (shuffled, *([side[row] for row in rows] for side in prompts))
-        accumulator = accumulated(jitted, state.student, state.teacher, cut(inputs, 2, (4, 16)))
+        accumulator = accumulated(jitted, state.student, state.teacher, cut(inputs, 2))
         state, _ = jitted.apply(state, accumulator)
         return dataclasses.replace(state, teacher=jitted.refresh(state.student, state.teacher))
 

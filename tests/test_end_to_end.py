@@ -62,7 +62,9 @@ def test_the_run_leaves_everything_behind(finished):
         "logprob_gap_max",
         "grad_norm",
         "tokens_per_s",
+        "padding_efficiency",
     }
+    assert all(0.5 < row["padding_efficiency"] <= 1 for row in rows)
     assert all(0 < row["logprob_gap_mean"] <= row["logprob_gap_max"] <= 1e-4 for row in rows)
     assert all(row["loss"] > 0 for row in rows)
     config = json.loads((finished / "config.json").read_text())

@@ -1,68 +1,154 @@
-"""Four host devices give what one gives, hold a part each, and compile each shape once."""
+"""8 host devices on any mesh, and two processes of 4 each, give what one device gives."""
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
+import many_devices
 import pytest
-from helpers import ROOT
+from helpers import ROOT, random_params
 
-# Run in a process of its own: the number of devices is fixed when a backend starts.
-STEPS = """
-import dataclasses, json, sys
-import jax
-sys.path.insert(0, sys.argv[1])
-import test_distill
-from helpers import SMALL, random_params
-from opsdc_jax import distill, sharding
-from opsdc_jax.metrics import CompileCounter
-from opsdc_jax.models import qwen3
+from opsdc_jax import cli
+from opsdc_jax.files import read_json
+from opsdc_jax.metrics import read_metrics
+from opsdc_jax.models import hf
+from opsdc_jax.tiny.tokenizer import build_tokenizer
 
-mesh = sharding.make_mesh({"replica": 1, "fsdp": int(sys.argv[2]), "tensor": int(sys.argv[3])})
-jitted = distill.make_train_step(
-    SMALL,
-    distill.make_optimizer(test_distill.OPTIM),
-    divergence="reverse_kl",
-    chunk_tokens=16,
-    vocab_size=test_distill.ENTRIES,
-    shardings=qwen3.shardings(SMALL, mesh),
-    teacher_dtype="float32",
-)
-state = jitted.init(jax.device_put(random_params(SMALL, 0), qwen3.shardings(SMALL, mesh)))
-batches = list(test_distill.cut(test_distill.random_batch(), 4))
-counter, losses, compiled = CompileCounter(), [], []
-for _ in range(3):
-    accumulator = jitted.zeros(state.student)
-    for batch in batches:
-        batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-        accumulator = jitted.accumulate(state.student, state.teacher, accumulator, batch)
-    state, metrics = jitted.apply(state, accumulator)
-    losses.append(float(metrics["loss"]))
-    compiled.append(counter.count)
-    teacher = jitted.refresh(state.student, state.teacher) if len(losses) == 2 else state.teacher
-    state = dataclasses.replace(state, teacher=teacher)
-moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim > 2]
-parts = {leaf.size // leaf.addressable_shards[0].data.size for leaf in moments}
-print(json.dumps({"losses": losses, "compiled": compiled, "parts": sorted(parts)}))
-"""
+PROMPT_WIDTH = 32  # that the sampler pads the prompts of these runs to
 
 
-def steps(fsdp, tensor):
-    """Three steps on fsdp x tensor host devices."""
-    flags = f"--xla_force_host_platform_device_count={fsdp * tensor}"
-    command = [sys.executable, "-c", STEPS, str(ROOT / "tests"), str(fsdp), str(tensor)]
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def start(devices, *arguments, **environment):
+    """tests/many_devices.py in a process that has so many devices."""
+    # Most of the time goes into compiling programs that run for milliseconds.
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "many_devices.py"), *map(str, arguments)],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
-def test_four_devices_are_one():
-    one, four = steps(1, 1), steps(2, 2)
-    assert four["losses"] == pytest.approx(one["losses"], rel=1e-5)
-    assert one["parts"] == [1]
-    assert four["parts"] == [4], "AdamW's moments are split as the parameters are"
-    for run in (one, four):
-        assert run["losses"][2] < run["losses"][0]
-        assert run["compiled"][0] == run["compiled"][1], "the second step compiles nothing"
+def output(process):
+    """What it printed, once it ended well."""
+    printed, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors[-4000:]
+    return printed
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a random model that fits every mesh of 8, and the tiny tokenizer."""
+    folder, tokenizer = tmp_path_factory.mktemp("models") / "eight", build_tokenizer()
+    hf.save_folder(
+        folder,
+        random_params(many_devices.EIGHT, 0),
+        many_devices.EIGHT,
+        eos_token_ids=[tokenizer.eos_token_id],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def meshes(base, tmp_path_factory):
+    """The process that trains on every mesh, started, and the folder of its runs."""
+    out = tmp_path_factory.mktemp("meshes")
+    return start(8, "meshes", base, out), out
+
+
+@pytest.fixture(scope="module")
+def one_device(base, meshes, tmp_path_factory):
+    """The run of this process, on one device, while the meshes run."""
+    workdir = tmp_path_factory.mktemp("runs") / "1x1"
+    assert many_devices.train(str(base), workdir) == cli.EXIT_DONE
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def programs(meshes):
+    """What the programs of the mesh 8x1 do."""
+    return json.loads(output(meshes[0]).splitlines()[-1])
+
+
+def samples(path):
+    return json.loads(path.read_text())
+
+
+def assert_the_same_run(workdir, expected):
+    rows, expected_rows = (read_metrics(path / "metrics.jsonl") for path in (workdir, expected))
+    assert [row["step"] for row in rows] == list(range(1, many_devices.STEPS + 1))
+    for row, other in zip(rows, expected_rows, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        name = f"step-{row['step']:06d}.json"
+        assert samples(workdir / "samples" / name) == samples(expected / "samples" / name)
+    losses = [row["loss"] for row in expected_rows]
+    assert max(losses) > 1.1 * min(losses) > 0, "nothing is learned: this compares nothing"
+
+
+@pytest.mark.parametrize("mesh", many_devices.MESHES)
+def test_every_mesh_of_eight_devices_is_one_device(mesh, one_device, meshes, programs):
+    _, out = meshes
+    assert_the_same_run(out / mesh, one_device)
+    compiled = [row["compilations"] for row in read_metrics(out / mesh / "metrics.jsonl")]
+    assert compiled[-1] == compiled[-2], "a step of known shapes compiles nothing"
+
+
+def test_two_processes_are_one_device_even_when_stopped_between(base, one_device, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = [
+        start(
+            4,
+            "process",
+            base,
+            tmp_path / "run",
+            JAX_COORDINATOR_ADDRESS=address,
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(number),
+        )
+        for number in range(2)
+    ]
+    first, second = map(output, processes)
+    assert "stopped after step 3: the same command continues" in first
+    assert "continuing after step 3" in first
+    assert "step" not in second, "only the first process prints"
+    assert_the_same_run(tmp_path / "run", one_device)
+    summary, expected = (path / "eval" / "summary.json" for path in (tmp_path / "run", one_device))
+    assert read_json(summary) == read_json(expected)
+
+
+def test_decoding_gathers_no_weight_for_a_token(programs):
+    decode, model = programs["decode"], many_devices.EIGHT
+    assert decode["loops"] >= 1, "over the tokens"
+    assert decode["gathered"], "the candidates for the next token come together, if nothing else"
+    smallest = model.hidden_size * model.num_key_value_heads * model.head_dim
+    assert max(decode["gathered"]) < smallest
+
+
+def test_decoding_wider_than_the_key_value_heads_changes_no_response(programs):
+    narrow, wide = programs["wide"]
+    assert len({tuple(response) for response in narrow}) > many_devices.ROWS / 2
+    assert wide == narrow
+
+
+def test_the_cache_is_split_over_devices(programs):
+    shapes = programs["decode"]["shapes"]
+    slots = PROMPT_WIDTH + many_devices.RESPONSE
+    assert f"f32[{many_devices.ROWS},1,{slots},16]" in shapes
+    assert f"f32[{many_devices.ROWS},8,{slots},16]" not in shapes
+
+
+def test_moments_are_split_as_the_parameters_are(programs):
+    assert programs["train"]["parts"] == [8]
+
+
+def test_a_refresh_writes_into_the_teachers_own_buffers(programs):
+    train = programs["train"]
+    assert train["output"] >= train["aliased"] >= train["teacher"], "bytes, some for alignment"
+    assert train["moved"] == [], "neither between devices nor to the host"

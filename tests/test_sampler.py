@@ -1,5 +1,6 @@
 """Generation against transformers', against the trainer, and against the rules of sampling."""
 
+import dataclasses
 import functools
 import itertools
 from collections import Counter
@@ -28,12 +29,12 @@ def host_sampler(model, stop=NEVER, prompt_width=PROMPT_WIDTH):
     mesh = jax.sharding.Mesh(device, sharding.MESH_AXES)
     return sampler.Sampler(
         model=model.config,
+        mesh=sampler.decode_mesh(model.config, mesh, -1),
         prompt_buckets=(prompt_width,),
         response_width=NEW_TOKENS,
         vocab_size=model.entries,
         stop_ids=stop,
         pad_id=PAD_ID,
-        rows=sharding.batch_sharding(mesh),
     )
 
 
@@ -110,7 +111,8 @@ def test_logprobs_are_the_trainers(name, sampling):
         out,
         model.inputs.prompts,
         model.inputs.prompts,
-        prompt_width=PROMPT_WIDTH,
+        student_width=PROMPT_WIDTH + NEW_TOKENS,
+        teacher_width=PROMPT_WIDTH + NEW_TOKENS,
         response_width=NEW_TOKENS,
         pad_id=PAD_ID,
     )
@@ -129,6 +131,14 @@ def test_a_response_depends_on_neither_neighbours_nor_place_nor_batch_size():
     for rows in (order, np.full(ROWS, 11), [11, 3, 7], [7, 11, 14]):
         got = sample(model, SamplingParams(), rows=rows)
         assert_same(got, jax.tree.map(lambda leaf, rows=rows: leaf[rows], whole))
+
+
+def test_waves_of_slots_give_what_the_whole_batch_gives():
+    model = hf_reference.load("untied")
+    rollout = dataclasses.replace(host_sampler(model), slots=4)(
+        model.params, model.inputs.prompts, training_keys(np.arange(ROWS)), SamplingParams()
+    )
+    assert_same(jax.device_get(rollout), sampled("untied"))
 
 
 def test_different_seeds_and_examples_give_different_responses():
@@ -216,7 +226,12 @@ def test_decoding_ends_with_the_last_response(monkeypatch):
     )
     out = jax.jit(
         lambda params, request: generate.__wrapped__(
-            params, model.config, request, vocab_size=model.entries, response_width=200
+            params,
+            model.config,
+            request,
+            mesh=host_sampler(model).mesh,
+            vocab_size=model.entries,
+            response_width=200,
         )
     )(model.params, request)
     longest = int(out.lengths_B.max())

@@ -1,13 +1,17 @@
-"""The mesh and the one table of rules; several devices are pretended where shapes alone matter."""
+"""The meshes and the two tables of rules; several devices are pretended where shapes matter."""
+
+import types
 
 import jax
+import numpy as np
 import pytest
 from helpers import SMALL
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from opsdc_jax import sharding
 from opsdc_jax.config import InputError
-from opsdc_jax.models import qwen3
+from opsdc_jax.models import hf, qwen3
+from opsdc_jax.tiny import BASE_FOLDER
 
 AXES, SHAPES = qwen3.logical_axes(SMALL), qwen3.abstract_params(SMALL)
 
@@ -49,6 +53,52 @@ def test_parameters_follow_the_table():
 def test_an_indivisible_axis_is_refused_with_the_sizes_that_work():
     with pytest.raises(InputError, match=r"key.*'kv_heads' of size 2.*tensor=4.*work: \[1, 2\]"):
         sharding.param_shardings(mesh(tensor=4), AXES, SHAPES)
+
+
+def test_the_tiny_model_on_tensor_4_is_refused_with_the_sizes_that_work():
+    tiny = hf.load_config(BASE_FOLDER)
+    with pytest.raises(InputError, match=r"'kv_heads' of size 2.*tensor=4.*work: \[1, 2\]"):
+        qwen3.shardings(tiny, mesh(fsdp=2, tensor=4))
+
+
+def decoding(monkeypatch, fsdp, tensor, width):
+    """Sizes of a decode mesh of pretended devices, for a model of 8 key/value heads."""
+    # A Mesh takes real devices only: how many there are of them on each axis is all that matters.
+    axes = lambda devices, names, **_: dict(zip(names, devices.shape, strict=True))  # noqa: E731
+    monkeypatch.setattr(sharding, "Mesh", axes)
+    devices, shape = np.arange(fsdp * tensor).reshape(1, fsdp, tensor), mesh(1, fsdp, tensor).shape
+    return sharding.make_decode_mesh(types.SimpleNamespace(devices=devices, shape=shape), width, 8)
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "tensor", "width", "expected"),
+    [
+        (16, 1, 8, (1, 2, 8, 1, 1)),
+        (8, 2, 2, (1, 8, 1, 1, 2)),
+        (8, 2, 8, (1, 2, 4, 1, 2)),
+        (16, 1, 16, (1, 1, 8, 2, 1)),  # beyond the 8 key/value heads: two copies of each
+        (4, 4, 16, (1, 1, 2, 2, 4)),
+    ],
+)
+def test_decoding_cuts_the_fsdp_axis_in_three(monkeypatch, fsdp, tensor, width, expected):
+    made = decoding(monkeypatch, fsdp, tensor, width)
+    assert made == dict(zip(sharding.DECODE_AXES, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "tensor", "width", "works"),
+    [
+        (8, 2, 1, "2, 4, 8, 16"),
+        (8, 1, 3, "1, 2, 4, 8"),
+        (12, 1, 12, "1, 2, 4"),
+        (4, 2, 0, "2, 4, 8"),
+    ],
+)
+def test_widths_that_cannot_be_cut_are_refused_with_those_that_can(
+    monkeypatch, fsdp, tensor, width, works
+):
+    with pytest.raises(InputError, match=rf"decode_tensor={width} .*work: \[{works}\]"):
+        decoding(monkeypatch, fsdp, tensor, width)
 
 
 def test_colliding_axes_are_refused():

@@ -29,7 +29,15 @@ SAMPLED = Rollout(
 )
 STUDENT_PROMPTS = [DRAWN.integers(0, ENTRIES, n).tolist() for n in (4, 2, 3)]
 TEACHER_PROMPTS = [DRAWN.integers(0, ENTRIES, n).tolist() for n in (6, 5, 7)]
-BATCH = pair(SAMPLED, STUDENT_PROMPTS, TEACHER_PROMPTS, prompt_width=7, response_width=12, pad_id=0)
+BATCH = pair(
+    SAMPLED,
+    STUDENT_PROMPTS,
+    TEACHER_PROMPTS,
+    student_width=19,
+    teacher_width=19,
+    response_width=12,
+    pad_id=0,
+)
 MASK = np.arange(12) < np.array(LENGTHS)[:, None]
 
 

@@ -256,13 +256,18 @@ def logical_axes(config: Qwen3Config) -> Params:
     return nnx.to_pure_dict(jax.tree.map_with_path(axes, state, is_leaf=is_variable))
 
 
-def shardings(config: Qwen3Config, mesh: Mesh) -> Params:
-    """The tree of `init_params` with a `NamedSharding` for each array (`sharding.RULES`).
+def shardings(
+    config: Qwen3Config, mesh: Mesh, rules: sharding.Rules = sharding.TRAIN_RULES
+) -> Params:
+    """The tree of `init_params` with a `NamedSharding` for each array.
+
+    Args:
+      rules: `sharding.TRAIN_RULES`, or `sharding.DECODE_RULES` with the mesh of decoding.
 
     Raises:
       InputError: the mesh does not fit the model.
     """
-    return sharding.param_shardings(mesh, logical_axes(config), abstract_params(config))
+    return sharding.param_shardings(mesh, logical_axes(config), abstract_params(config), rules)
 
 
 def forward(

@@ -1,0 +1,118 @@
+"""Several processes, one a host: how they find each other, and how they agree.
+
+All processes run the same program on the same arguments. Prompts and evaluation problems are pure
+functions of the configuration and the step, and sampled ids come back whole to every process, so
+all of them take the same way through the loop. Only the first prints and writes; checkpoints are
+written by all, each its own part, so the workdir must be a folder that all hosts share.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from opsdc_jax.config import InputError
+
+_EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def initialize() -> None:
+    """Joins the processes of a run where the environment says there are several.
+
+    To be called before anything touches a device. The environment says so by
+
+    - JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID;
+    - SLURM: a step of several tasks, started by srun;
+    - a TPU slice of several hosts: TPU_WORKER_HOSTNAMES lists them, or, where nothing in the
+      environment does, OPSDC_DISTRIBUTED=1 (set by launch/tpu_pod.sh).
+
+    JAX itself finds the rest. Processes other than the first print nothing from here on.
+
+    Raises:
+      InputError: some of the three variables are set and some are not, or no numbers.
+    """
+    if jax.distributed.is_initialized():
+        return
+    if any(name in os.environ for name in _EXPLICIT):
+        jax.distributed.initialize(*_explicit())
+    elif _named_by_slurm() or _named_by_tpu():
+        jax.distributed.initialize()
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+
+
+def _explicit() -> tuple[str, int, int]:
+    missing = [name for name in _EXPLICIT if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"{', '.join(missing)} must be set too: {', '.join(_EXPLICIT)} go together"
+        )
+    address, *numbers = (os.environ[name] for name in _EXPLICIT)
+    try:
+        count, number = map(int, numbers)
+    except ValueError:
+        raise InputError(
+            f"JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers, not {numbers}"
+        ) from None
+    if not 0 <= number < count:
+        raise InputError(f"JAX_PROCESS_ID={number} is not in 0..{count - 1} (JAX_NUM_PROCESSES)")
+    return address, count, number
+
+
+def _named_by_slurm() -> bool:
+    # SLURM_STEP_NODELIST: inside srun. A script of sbatch without it is one process.
+    return "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def _named_by_tpu() -> bool:
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return "," in hosts or os.environ.get("OPSDC_DISTRIBUTED") == "1"
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come here.
+
+    Args:
+      name: of the place, for the message if one does not.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether any process says so: the same answer everywhere (one small collective)."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def from_first(value: int) -> int:
+    """The first process's value, on all of them (one small collective)."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM to any process is a request to stop instead of its end.
+
+    Yields:
+      a function that all processes must call together: whether one of them was asked to stop.
+    """
+    asked: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    try:
+        yield lambda: any_process(bool(asked))
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,171 @@
+"""What test_multi_device.py runs in processes of their own: their devices are fixed at the start.
+
+python many_devices.py meshes BASE OUT: train on each mesh of 8 devices, then look at programs
+python many_devices.py process BASE OUT: train as one of two processes of 4 devices each
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import signal
+import sys
+
+import jax
+import numpy as np
+from helpers import ROOT, load_script, random_params
+
+from opsdc_jax import cli, distill, sampler, sharding
+from opsdc_jax.config import default_config
+from opsdc_jax.models import qwen3
+from opsdc_jax.models.qwen3 import Qwen3Config
+from opsdc_jax.rollout import Rollout
+
+SCRIPT = load_script("train")
+MESHES = {"8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4), "1x8": (1, 8)}
+STEPS, ROWS, RESPONSE = 5, 16, 12
+
+# 8 query and 8 key/value heads, and a vocabulary that 8 divides: fits every mesh of 8.
+EIGHT = Qwen3Config(
+    vocab_size=224,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=1,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    head_dim=16,
+    rope_theta=10_000.0,
+    tie_word_embeddings=True,
+    max_position_embeddings=512,
+)
+
+
+def train(base: str, workdir: pathlib.Path, *more: str) -> int:
+    """Runs scripts/train.py on the model in `base` for five greedy steps."""
+    arguments = [
+        f"--workdir={workdir}",
+        f"--config.model.path={base}",
+        f"--config.train.steps={STEPS}",
+        f"--config.train.batch_size={ROWS}",
+        f"--config.train.micro_batch_size={ROWS}",
+        f"--config.sampler.max_response_tokens={RESPONSE}",
+        "--config.sampler.temperature=0.0",
+        "--config.teacher.every=2",
+        "--config.sampler.max_prompt_tokens=32",
+        "--config.eval.samples_per_level=3",
+        f"--config.eval.batch_size={ROWS}",
+        "--config.eval.every=0",
+        f"--config.eval.max_response_tokens={RESPONSE}",
+        "--config.checkpoint.every_steps=0",
+        "--config.log.samples_every=1",
+        f"--config.log.samples={ROWS}",
+    ]
+    config = ROOT / "configs" / "tiny.py"
+    argv = ["train.py", f"--config={config}", *arguments, *more]
+    return cli.run(SCRIPT.main, argv)
+
+
+def meshes(base: str, out: pathlib.Path) -> None:
+    """Five steps on every mesh; prints what the programs of the first do."""
+    calls = []
+
+    def generate(*arguments: object, **static: object) -> Rollout:
+        calls.append((arguments, static))
+        return compiled(*arguments, **static)
+
+    compiled, sampler.generate = sampler.generate, generate
+    for name, (fsdp, tensor) in MESHES.items():
+        sizes = [f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}"]
+        assert train(base, out / name, *sizes, "--config.eval.source=none") == cli.EXIT_DONE
+    arguments, static = calls[0]
+    decode = compiled.lower(*arguments, **static).compile().as_text()
+    looked_at = {"decode": decode_program(decode), "train": train_programs(8, 1)}
+    print(json.dumps(looked_at | {"wide": [sampled(width) for width in (2, 8)]}))
+
+
+def sampled(width: int) -> list[list[int]]:
+    """Greedy responses of a model of 2 key/value heads, its layers split over `width` devices."""
+    model = dataclasses.replace(EIGHT, num_key_value_heads=2)
+    mesh = sharding.make_mesh({"replica": 1, "fsdp": 8, "tensor": 1})
+    sampling = sampler.Sampler(
+        model=model,
+        mesh=sampler.decode_mesh(model, mesh, width),
+        prompt_buckets=(6,),
+        response_width=RESPONSE,
+        vocab_size=model.vocab_size,
+        stop_ids=(-1,),
+        pad_id=0,
+    )
+    params = jax.device_put(random_params(model, 1), qwen3.shardings(model, mesh))
+    prompts = [[1 + row, *range(row % 5)] for row in range(ROWS)]
+    keys = sampler.sequence_keys(0, 0, 0, np.arange(ROWS))
+    return sampling(params, prompts, keys, sampler.SamplingParams(0.0)).tokens_BxR.tolist()
+
+
+def decode_program(text: str) -> dict[str, object]:
+    """Elements gathered in the loops of a generate call, and the shapes of its arrays."""
+    return {
+        "loops": len(re.findall(r" while\(", text)),
+        "gathered": [
+            int(np.prod([int(size) for size in shape.split(",") if size]))
+            for block in in_loops(text)
+            for shape in re.findall(r"\w+\[([\d,]*)\]\S* (?:all-gather|all-to-all)\(", block)
+        ],
+        "shapes": sorted(set(re.findall(r"\w+\[[\d,]+\]", text))),
+    }
+
+
+def in_loops(text: str) -> list[str]:
+    """The computations of a compiled program that run inside a while loop."""
+    blocks = dict(re.findall(r"^(?:ENTRY )?%(\S+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
+    reached, front = set(), set(re.findall(r"body=%([\w.\-]+)", text))
+    while front:
+        name = front.pop()
+        reached.add(name)
+        front |= set(re.findall(r"%([\w.\-]+)", blocks[name])) & blocks.keys() - reached
+    return [blocks[name] for name in reached]
+
+
+def train_programs(fsdp: int, tensor: int) -> dict[str, object]:
+    """How AdamW's moments are split, and a device's bytes of the refresh beside its teacher's."""
+    mesh = sharding.make_mesh({"replica": 1, "fsdp": fsdp, "tensor": tensor})
+    shardings = qwen3.shardings(EIGHT, mesh)
+    jitted = distill.make_train_step(
+        EIGHT,
+        distill.make_optimizer(default_config().optim),
+        divergence="reverse_kl",
+        chunk_tokens=16,
+        vocab_size=EIGHT.vocab_size,
+        shardings=shardings,
+        teacher_dtype="bfloat16",
+    )
+    state = jitted.init(jax.device_put(random_params(EIGHT, 0), shardings))
+    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim > 2]
+    compiled = jitted.refresh.lower(state.student, state.teacher).compile()
+    used = compiled.memory_analysis()
+    return {
+        "parts": sorted({leaf.size // leaf.addressable_shards[0].data.size for leaf in moments}),
+        "aliased": used.alias_size_in_bytes,
+        "output": used.output_size_in_bytes,
+        "teacher": sum(leaf.nbytes // 8 for leaf in jax.tree.leaves(state.teacher)),
+        "moved": re.findall(r" (all-\S+|collective\S+|copy-start|send|recv)\(", compiled.as_text()),
+    }
+
+
+def process(base: str, out: pathlib.Path) -> None:
+    """Five steps as one of two processes; the second is asked to stop in step 3; both go on."""
+
+    class AskedOnce(SCRIPT.Progress):
+        def add(self, step: int, *arguments: object) -> None:
+            super().add(step, *arguments)
+            if step == 3 and jax.process_index() == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    SCRIPT.Progress = AskedOnce
+    for expected in (cli.EXIT_STOPPED, cli.EXIT_DONE):
+        assert train(base, out, "--config.mesh.fsdp=4", "--config.mesh.tensor=2") == expected
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](sys.argv[2], pathlib.Path(sys.argv[3]))
