@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 DIVERGENCE_NAMES = ("reverse_kl", "forward_kl", "jsd")
 DTYPES = ("float32", "bfloat16")
-REMAT_POLICIES = ("none", "full")
+REMAT_POLICIES = ("none", "full", "attention", "dots")
+ATTENTION_NAMES = ("auto", "dense", "blockwise", "splash", "cudnn")
 
 
 class InputError(ValueError):
@@ -26,7 +27,9 @@ def default_config() -> ConfigDict:
     config.model.path = "Qwen/Qwen3-8B"  # Hugging Face folder; also the first teacher
     config.model.compute_dtype = "bfloat16"  # activations; the student's masters stay float32
     config.model.teacher_dtype = "bfloat16"  # the teacher's parameters
-    config.model.remat = "full"  # "none", or "full": recompute layers in the backward pass
+    config.model.attention = "auto"  # by device and length, see models/attention.py, or a name
+    # "none", "full", "attention" or "dots": what each keeps stands in models/qwen3.py
+    config.model.remat = "full"
 
     config.data = ConfigDict()
     # "tiny", a jsonl / json / parquet file or glob, a hub id[@revision], or tfds:NAME
@@ -149,6 +152,7 @@ _NOT_NEGATIVE = (
 _CHOICES = {
     "model.compute_dtype": DTYPES,
     "model.teacher_dtype": DTYPES,
+    "model.attention": ATTENTION_NAMES,
     "model.remat": REMAT_POLICIES,
     "loss.divergence": DIVERGENCE_NAMES,
 }

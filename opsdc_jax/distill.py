@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from opsdc_jax import losses
+from opsdc_jax import losses, sharding
 from opsdc_jax.losses import TokenSums
 from opsdc_jax.models import qwen3
 from opsdc_jax.models.qwen3 import Params, Qwen3Config
@@ -102,12 +102,13 @@ def make_train_step(
 
     Args:
       divergence: a key of `losses.DIVERGENCES`.
-      chunk_tokens: response positions whose logits exist at a time.
+      chunk_tokens: response positions whose logits exist at a time, of all rows together.
       vocab_size: the tokenizer's entries.
       shardings: tree of the parameters' shardings; teacher and gradients follow it.
       teacher_dtype: dtype of the teacher's parameters.
       offload_optimizer: between updates, keep the moments in the host's pinned memory.
     """
+    mesh = jax.tree.leaves(shardings)[0].mesh
 
     def cast(params: Params) -> Params:
         # Explicit copies: where nothing is to be cast, astype would hand back the student itself.
@@ -130,24 +131,25 @@ def make_train_step(
         )
 
     def loss(student: Params, teacher: Params, batch: DistillBatch) -> tuple[Any, TokenSums]:
+        R = batch.response_BxR.shape[1]
         student_BxRxD = response_hidden(
-            student, model, batch.student_BxT, batch.student_prompt_B, batch.response_BxR.shape[1]
+            student, model, mesh, batch.student_BxT, batch.student_prompt_B, batch.lengths_B, R
         )
         teacher_BxRxD = response_hidden(
-            teacher, model, batch.teacher_BxT, batch.teacher_prompt_B, batch.response_BxR.shape[1]
+            teacher, model, mesh, batch.teacher_BxT, batch.teacher_prompt_B, batch.lengths_B, R
         )
-        D = model.hidden_size
         sums = losses.divergence_sums(
             divergence,
             vocab_size,
             chunk_tokens,
-            student_BxRxD.reshape(-1, D),
+            mesh,
+            student_BxRxD,
             qwen3.unembedding(student),
-            jax.lax.stop_gradient(teacher_BxRxD).reshape(-1, D),
+            jax.lax.stop_gradient(teacher_BxRxD),
             jax.lax.stop_gradient(qwen3.unembedding(teacher)),
-            batch.response_BxR.reshape(-1),
-            batch.logprobs_BxR.reshape(-1),
-            response_mask(batch).reshape(-1),
+            batch.response_BxR,
+            batch.logprobs_BxR,
+            response_mask(batch),
         )
         return sums.divergence, sums
 
@@ -188,10 +190,10 @@ def make_train_step(
     # Every output's sharding is stated: left to the compiler, fresh moments and gradients (zeros,
     # which depend on nothing) would be whole on every device.
     abstract = jax.eval_shape(init, qwen3.abstract_params(model))
-    whole: Any = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
+    whole: Any = sharding.whole(mesh)
     on_device = optax.tree_map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        lambda _, place: place,
         abstract.optimizer,
         shardings,
         transform_non_params=lambda _: whole,
@@ -211,7 +213,7 @@ def make_train_step(
     placed_accumulator = Accumulator(gradients=shardings, sums=sums, tokens=whole)
     return TrainStep(
         like=jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             abstract,
             placed,
         ),
@@ -232,12 +234,20 @@ def make_train_step(
 def response_hidden(
     params: Params,
     model: Qwen3Config,
+    mesh: Mesh | None,
     tokens_BxT: jax.Array,
     prompt_B: jax.Array,
+    lengths_B: jax.Array,
     width: int,
 ) -> jax.Array:
-    """Hidden states that predict response tokens 0..width-1 of each row, [B, R, D]."""
-    hidden_BxTxD = qwen3.forward(params, model, tokens_BxT)
+    """Hidden states that predict response tokens 0..width-1 of each row, [B, R, D].
+
+    Args:
+      prompt_B, lengths_B: tokens of each row's prompt, and of the response after it.
+    """
+    hidden_BxTxD = qwen3.forward(
+        params, model, tokens_BxT, lengths_B=prompt_B + lengths_B, mesh=mesh
+    )
     positions_BxR = prompt_B[:, None] - 1 + jnp.arange(width)
     # A padding row may have no prompt: its position -1 is masked later, it only has to exist.
     return jnp.take_along_axis(hidden_BxTxD, positions_BxR[:, :, None], axis=1, mode="clip")

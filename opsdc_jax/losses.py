@@ -1,21 +1,27 @@
 """Divergences between student and teacher over the full vocabulary, from hidden states.
 
-No [tokens, vocabulary] array ever exists: tokens go through both heads in chunks, and a chunk's
-gradients are formed while its logits exist, so the backward pass computes no logits again.
+No [tokens, vocabulary] array ever exists: response positions go through both heads in chunks, and a
+chunk's gradients are formed while its logits exist, so the backward pass computes no logits again.
 
-Shapes: N response positions, C chunk, D width (student's and teacher's), V vocabulary.
+On a mesh each device holds V / devices rows of both heads, whatever the mesh, and forms the logits
+of those. A chunk's hidden states are gathered, sums over the vocabulary are added up over the
+devices, and the gradients of hidden states go back to where the rows are: logits never travel.
+
+Shapes: B rows, R response positions, C positions of a chunk, of all rows together, D width
+(student's and teacher's), V vocabulary; within a chunk B, R and V are a device's own part.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
-from opsdc_jax.models import qwen3
-
-LogProbs = jax.Array
+from opsdc_jax import sharding
+from opsdc_jax.models.attention import MASKED
 
 
 class TokenSums(NamedTuple):
@@ -34,112 +40,148 @@ class TokenSums(NamedTuple):
     gap_max: jax.Array
 
 
-def reverse_kl(log_q: LogProbs, log_p: LogProbs) -> jax.Array:
-    """KL(q || p) = sum_v q (log q - log p): the loss of OPSDC. q is the student, p the teacher."""
-    return jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1)
+class Moments(NamedTuple):
+    """Sums over the vocabulary with the weights w = exp(logits - highest) of one side, each [C].
+
+    Attributes:
+      total: sum of w.
+      own: sum of w * (logits - highest).
+      gap: sum of w * (this side's logits - the other's, each below its highest).
+    """
+
+    total: jax.Array
+    own: jax.Array
+    gap: jax.Array
+
+    @property
+    def entropy(self) -> jax.Array:
+        return jnp.log(self.total) - self.own / self.total
 
 
-def forward_kl(log_q: LogProbs, log_p: LogProbs) -> jax.Array:
-    """KL(p || q) = sum_v p (log p - log q)."""
-    return reverse_kl(log_p, log_q)
+class Pair(NamedTuple):
+    """A chunk's logits of student (q) and teacher (p), each below its row's highest.
+
+    Attributes:
+      student_CxV, teacher_CxV: float32.
+      student, teacher: their moments over the whole vocabulary.
+      add_up: adds a [C] sum over the own part of the vocabulary up over the devices.
+    """
+
+    student_CxV: jax.Array
+    teacher_CxV: jax.Array
+    student: Moments
+    teacher: Moments
+    add_up: Callable[[jax.Array], jax.Array]
 
 
-def jsd(log_q: LogProbs, log_p: LogProbs) -> jax.Array:
-    """Jensen-Shannon divergence: (KL(q || m) + KL(p || m)) / 2 with m = (q + p) / 2."""
-    log_m = jnp.logaddexp(log_q, log_p) - jnp.log(2.0)
-    return 0.5 * (reverse_kl(log_q, log_m) + reverse_kl(log_p, log_m))
+Divergence = Callable[[Pair], tuple[jax.Array, jax.Array]]
 
 
-def log_probs(hidden: jax.Array, head_VxD: jax.Array, vocab_size: int) -> LogProbs:
-    """Float32 log-probabilities [..., V], normalised over the tokenizer's `vocab_size` entries."""
-    return jax.nn.log_softmax(qwen3.logits(hidden, head_VxD, vocab_size), axis=-1)
+def reverse_kl(pair: Pair) -> tuple[jax.Array, jax.Array]:
+    """KL(q || p) = sum_v q (log q - log p), the loss of OPSDC; [C], and its slopes [C, V].
+
+    With d = student's - teacher's logits, the slope with respect to a student's logit is
+    q (log q - log p - KL) = q (d - sum_v q d): the normalisers cancel.
+    """
+    mean_gap = pair.student.gap / pair.student.total
+    log_ratio = jnp.log(pair.teacher.total / pair.student.total)
+    q = jnp.exp(pair.student_CxV) / pair.student.total[:, None]
+    gaps = pair.student_CxV - pair.teacher_CxV
+    return mean_gap + log_ratio, q * (gaps - mean_gap[:, None])
 
 
-def entropy(log_p: LogProbs) -> jax.Array:
-    """-sum_v p log p, in nats."""
-    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+def forward_kl(pair: Pair) -> tuple[jax.Array, jax.Array]:
+    """KL(p || q) = sum_v p (log p - log q), [C]; and its slopes q - p, [C, V]."""
+    log_ratio = jnp.log(pair.student.total / pair.teacher.total)
+    q = jnp.exp(pair.student_CxV) / pair.student.total[:, None]
+    p = jnp.exp(pair.teacher_CxV) / pair.teacher.total[:, None]
+    return pair.teacher.gap / pair.teacher.total + log_ratio, q - p
 
 
-DIVERGENCES: dict[str, Callable[[LogProbs, LogProbs], jax.Array]] = {
+def jsd(pair: Pair) -> tuple[jax.Array, jax.Array]:
+    """Jensen-Shannon divergence (KL(q || m) + KL(p || m)) / 2 with m = (q + p) / 2, [C].
+
+    The slopes, [C, V], are q (log(q / m) - KL(q || m)) / 2.
+    """
+    q = jnp.exp(pair.student_CxV) / pair.student.total[:, None]
+    p = jnp.exp(pair.teacher_CxV) / pair.teacher.total[:, None]
+    log_ratio = jnp.log(pair.student.total / pair.teacher.total)[:, None]
+    log_p_over_q = pair.teacher_CxV - pair.student_CxV + log_ratio
+    log_q_over_m = jnp.log(2.0) - jax.nn.softplus(log_p_over_q)
+    from_q = pair.add_up(jnp.sum(q * log_q_over_m, axis=-1))
+    from_p = pair.add_up(jnp.sum(p * (log_q_over_m + log_p_over_q), axis=-1))
+    return 0.5 * (from_q + from_p), 0.5 * q * (log_q_over_m - from_q[:, None])
+
+
+DIVERGENCES: dict[str, Divergence] = {
     "reverse_kl": reverse_kl,
     "forward_kl": forward_kl,
     "jsd": jsd,
 }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def divergence_sums(
     name: str,
     vocab_size: int,
-    chunk: int,
-    student_NxD: jax.Array,
+    chunk_tokens: int,
+    mesh: Mesh | None,
+    student_BxRxD: jax.Array,
     student_head_VxD: jax.Array,
-    teacher_NxD: jax.Array,
+    teacher_BxRxD: jax.Array,
     teacher_head_VxD: jax.Array,
-    tokens_N: jax.Array,
-    logprobs_N: jax.Array,
-    mask_N: jax.Array,
+    tokens_BxR: jax.Array,
+    logprobs_BxR: jax.Array,
+    mask_BxR: jax.Array,
 ) -> TokenSums:
-    """Sums of a divergence and of the logged statistics over the positions in `mask_N`.
+    """Sums of a divergence and of the logged statistics over the positions in `mask_BxR`.
 
     Only `divergence` is differentiable, and only with respect to the student's hidden states and
-    head; no gradient reaches the teacher.
+    head; no gradient reaches the teacher. Matrix products take the hidden states' dtype and add up
+    in float32.
 
     Args:
       name: a key of `DIVERGENCES`.
       vocab_size: the tokenizer's entries; both sides are normalised over them.
-      chunk: positions per chunk.
-      tokens_N, logprobs_N: sampled ids and the sampler's log-probabilities of them.
-      mask_N: True at response tokens; all else takes no part.
+      chunk_tokens: positions of a chunk, of all rows together; at least one of each row.
+      mesh: where the arrays are, rows split over its batch axes; None is one device.
+      tokens_BxR, logprobs_BxR: sampled ids and the sampler's log-probabilities of them.
+      mask_BxR: True at response tokens; all else takes no part.
     """
-    inputs = (student_NxD, teacher_NxD, tokens_N, logprobs_N, mask_N)
-
-    def add(sums: TokenSums, part: tuple[jax.Array, ...]) -> tuple[TokenSums, None]:
-        _, partial = _chunk_sums(
-            part[0], student_head_VxD, teacher_head_VxD, part[1:], name, vocab_size
-        )
-        return merge_sums(sums, partial), None
-
-    sums, _ = jax.lax.scan(add, zero_sums(), in_chunks(inputs, chunk))
-    return sums
+    arrays = student_BxRxD, student_head_VxD, teacher_BxRxD, teacher_head_VxD
+    return _forward(
+        name, vocab_size, chunk_tokens, mesh, *arrays, tokens_BxR, logprobs_BxR, mask_BxR
+    )[0]
 
 
 def _forward(
     name: str,
     vocab_size: int,
-    chunk: int,
-    student_NxD: jax.Array,
+    chunk_tokens: int,
+    mesh: Mesh | None,
+    student_BxRxD: jax.Array,
     student_head_VxD: jax.Array,
-    teacher_NxD: jax.Array,
+    teacher_BxRxD: jax.Array,
     teacher_head_VxD: jax.Array,
-    tokens_N: jax.Array,
-    logprobs_N: jax.Array,
-    mask_N: jax.Array,
+    *labels_BxR: jax.Array,
 ) -> tuple[TokenSums, tuple[jax.Array, jax.Array]]:
     """The sums, and the gradients of `divergence`: a scalar, so they only get scaled later."""
-    inputs = (student_NxD, teacher_NxD, tokens_N, logprobs_N, mask_N)
-    gradient = jax.grad(_chunk_sums, argnums=(0, 1), has_aux=True)
-
-    def add(carry: tuple, part: tuple[jax.Array, ...]) -> tuple[tuple, jax.Array]:
-        sums, head_gradient = carry
-        (hidden_gradient, chunk_head_gradient), partial = gradient(
-            part[0], student_head_VxD, teacher_head_VxD, part[1:], name, vocab_size
-        )
-        carry = merge_sums(sums, partial), head_gradient + chunk_head_gradient.astype(jnp.float32)
-        return carry, hidden_gradient
-
-    zeros = jnp.zeros(student_head_VxD.shape, jnp.float32)
-    (sums, head_gradient), hidden_gradient = jax.lax.scan(
-        add, (zero_sums(), zeros), in_chunks(inputs, chunk)
-    )
-    hidden_gradient = hidden_gradient.reshape(-1, student_NxD.shape[1])[: student_NxD.shape[0]]
+    # Cast here: before the heads are laid out anew, and once for all chunks.
+    heads = (head.astype(student_BxRxD.dtype) for head in (student_head_VxD, teacher_head_VxD))
+    inputs = (student_BxRxD, teacher_BxRxD, *labels_BxR)
+    local = functools.partial(_local, DIVERGENCES[name], vocab_size, chunk_tokens)
+    if mesh is None or mesh.size == 1:
+        sums, hidden_gradient, head_gradient = local((), (), *heads, *inputs)
+    else:
+        sums, hidden_gradient, head_gradient = _over_mesh(mesh, local, *heads, *inputs)
     return sums, (hidden_gradient, head_gradient.astype(student_head_VxD.dtype))
 
 
 def _backward(
     name: str,
     vocab_size: int,
-    chunk: int,
+    chunk_tokens: int,
+    mesh: Mesh | None,
     gradients: tuple[jax.Array, jax.Array],
     cotangent: TokenSums,
 ) -> tuple:
@@ -151,33 +193,195 @@ def _backward(
 divergence_sums.defvjp(_forward, _backward)
 
 
-def _chunk_sums(
-    student_CxD: jax.Array,
+def _over_mesh(
+    mesh: Mesh,
+    local: Callable,
     student_head_VxD: jax.Array,
     teacher_head_VxD: jax.Array,
-    rest: tuple[jax.Array, ...],
-    name: str,
+    *inputs: jax.Array,
+) -> tuple[TokenSums, jax.Array, jax.Array]:
+    """Runs `_local` on every device of a mesh of several.
+
+    The heads come split on D as parameters are. One all-to-all a micro-batch splits them on V
+    instead, and one takes the gradient back: asked for by its shardings alone, the compiler would
+    gather it whole on every device.
+    """
+    rows, embed = (sharding.TRAIN_RULES[name] for name in ("batch", "embed"))
+    others = tuple(axis for axis in mesh.axis_names if axis != embed)
+    V = student_head_VxD.shape[0]
+    padding = ((0, -V % mesh.size), (0, 0))  # rows beyond the tokenizer: no part of anything
+
+    def body(student_head: jax.Array, teacher_head: jax.Array, *inputs: jax.Array) -> tuple:
+        heads = (
+            jax.lax.all_to_all(head, embed, split_axis=0, concat_axis=1, tiled=True)
+            for head in (student_head, teacher_head)
+        )
+        sums, hidden_gradient, head_gradient = local(rows, (*others, embed), *heads, *inputs)
+        head_gradient = jax.lax.all_to_all(head_gradient, embed, 1, 0, tiled=True)
+        return sums, hidden_gradient, head_gradient
+
+    hidden, head, whole = PartitionSpec(rows), PartitionSpec(others, embed), PartitionSpec()
+    sums, hidden_gradient, head_gradient = jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(head, head, hidden, hidden, whole, whole, whole),
+        out_specs=(whole, hidden, head),
+        check_vma=False,  # a carry that starts as zeros varies over no axis yet
+    )(*(jnp.pad(x, padding) for x in (student_head_VxD, teacher_head_VxD)), *inputs)
+    return sums, hidden_gradient, head_gradient[:V]
+
+
+def _local(
+    divergence: Divergence,
     vocab_size: int,
-) -> tuple[jax.Array, TokenSums]:
-    """One chunk: its summed divergence (to differentiate) and all sums (to log)."""
-    teacher_CxD, tokens_C, logprobs_C, mask_C = rest
-    log_q = log_probs(student_CxD, student_head_VxD, vocab_size)
-    log_p = jax.lax.stop_gradient(log_probs(teacher_CxD, teacher_head_VxD, vocab_size))
-    divergence = jnp.sum(jnp.where(mask_C, DIVERGENCES[name](log_q, log_p), 0.0))
+    chunk_tokens: int,
+    row_axes: tuple[str, ...],
+    vocab_axes: tuple[str, ...],
+    student_head_VxD: jax.Array,
+    teacher_head_VxD: jax.Array,
+    student_BxRxD: jax.Array,
+    teacher_BxRxD: jax.Array,
+    *labels_BxR: jax.Array,
+) -> tuple[TokenSums, jax.Array, jax.Array]:
+    """One device's part: the sums, its rows' gradients [B, R, D], its head rows' [V, D].
+
+    Args:
+      row_axes, vocab_axes: mesh axes that rows and head are split over; none on one device.
+      labels_BxR: tokens, log-probabilities and mask, of the rows of all devices.
+    """
+    B, R, D = student_BxRxD.shape
+    # Chunks run along R, so that rows stay where they are; of one width, and as few as can be.
+    count = math.ceil(R / max(chunk_tokens // len(labels_BxR[0]), 1))
+    width = math.ceil(R / count)
+    V = student_head_VxD.shape[0]
+    ids_V = jnp.arange(V) + (jax.lax.axis_index(vocab_axes) * V if vocab_axes else 0)
+    other_axes = tuple(axis for axis in vocab_axes if axis not in row_axes)
+
+    def padded(array: jax.Array) -> jax.Array:
+        widths = [(0, 0)] * array.ndim
+        widths[1] = (0, count * width - R)
+        return jnp.pad(array, widths)
+
+    def gathered(hidden_BxCxD: jax.Array) -> jax.Array:
+        if row_axes:
+            hidden_BxCxD = jax.lax.all_gather(hidden_BxCxD, row_axes, axis=0, tiled=True)
+        return hidden_BxCxD.reshape(-1, D)
+
+    def scattered(gradient_CxD: jax.Array) -> jax.Array:
+        """Adds up what each part of the vocabulary gives, and keeps this device's rows."""
+        gradient = jax.lax.psum(gradient_CxD, other_axes).reshape(-1, width, D)
+        if row_axes:
+            gradient = jax.lax.psum_scatter(gradient, row_axes, scatter_dimension=0, tiled=True)
+        return gradient
+
+    def add(carry: tuple, start: jax.Array) -> tuple[tuple, jax.Array]:
+        parts = [jax.lax.dynamic_slice_in_dim(array, start, width, axis=1) for array in arrays]
+        # Beyond a micro-batch's longest response there is nothing to compute. The mask is whole on
+        # every device, so all of them go the same way.
+        return jax.lax.cond(jnp.any(parts[-1]), add_chunk, skip_chunk, carry, *parts)
+
+    def skip_chunk(carry: tuple, student: jax.Array, *_: jax.Array) -> tuple[tuple, jax.Array]:
+        return carry, jnp.zeros_like(student)
+
+    def add_chunk(
+        carry: tuple, student: jax.Array, teacher: jax.Array, *labels: jax.Array
+    ) -> tuple[tuple, jax.Array]:
+        sums, head_gradient = carry
+        student_CxD = gathered(student)
+        partial, slopes_CxV = _chunk(
+            divergence,
+            _logits(student_CxD, student_head_VxD, ids_V, vocab_size),
+            _logits(gathered(teacher), teacher_head_VxD, ids_V, vocab_size),
+            ids_V,
+            vocab_axes,
+            *(label.reshape(-1) for label in labels),
+        )
+        slopes_CxV = slopes_CxV.astype(student_CxD.dtype)
+        hidden_gradient = _product("cv,vd->cd", slopes_CxV, student_head_VxD)
+        head_gradient = head_gradient + _product("cv,cd->vd", slopes_CxV, student_CxD)
+        carry = merge_sums(sums, partial), head_gradient
+        return carry, scattered(hidden_gradient).astype(student_BxRxD.dtype)
+
+    arrays = [padded(array) for array in (student_BxRxD, teacher_BxRxD, *labels_BxR)]
+    carry = zero_sums(), jnp.zeros(student_head_VxD.shape, jnp.float32)
+    (sums, head_gradient), hidden_gradient = jax.lax.scan(add, carry, jnp.arange(count) * width)
+    hidden_gradient = jnp.moveaxis(hidden_gradient, 0, 1).reshape(B, count * width, D)
+    return sums, hidden_gradient[:, :R], head_gradient
+
+
+def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
+
+
+def _logits(
+    hidden_CxD: jax.Array, head_VxD: jax.Array, ids_V: jax.Array, vocab_size: int
+) -> jax.Array:
+    """Float32 logits [C, V]; -1e30 where the tokenizer has no such id (see `qwen3.logits`)."""
+    return jnp.where(ids_V < vocab_size, _product("cd,vd->cv", hidden_CxD, head_VxD), MASKED)
+
+
+def _chunk(
+    divergence: Divergence,
+    student_CxV: jax.Array,
+    teacher_CxV: jax.Array,
+    ids_V: jax.Array,
+    vocab_axes: tuple[str, ...],
+    tokens_C: jax.Array,
+    logprobs_C: jax.Array,
+    mask_C: jax.Array,
+) -> tuple[TokenSums, jax.Array]:
+    """One chunk's sums, and the slopes of its summed divergence by the student's logits [C, V]."""
+    student_CxV, teacher_CxV = (
+        logits - jax.lax.pmax(jnp.max(logits, axis=-1), vocab_axes)[:, None]
+        for logits in (student_CxV, teacher_CxV)
+    )
+    add_up = functools.partial(jax.lax.psum, axis_name=vocab_axes)
+    student, teacher = add_up(
+        (_moments(student_CxV, teacher_CxV), _moments(teacher_CxV, student_CxV))
+    )
+    divergence_C, slopes_CxV = divergence(Pair(student_CxV, teacher_CxV, student, teacher, add_up))
+    column_C = tokens_C - ids_V[0]
+    here_C = (column_C >= 0) & (column_C < len(ids_V))  # ids of other devices' rows give zero
+    logit_C = jnp.take_along_axis(student_CxV, column_C[:, None], axis=-1, mode="clip")[:, 0]
+    logprob_C = add_up(jnp.where(here_C, logit_C, 0.0)) - jnp.log(student.total)
 
     def total(values_C: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(mask_C, values_C, 0.0))
 
-    log_q_detached = jax.lax.stop_gradient(log_q)
-    sampled_C = jnp.take_along_axis(log_q_detached, tokens_C[:, None], axis=-1)[:, 0]
-    gap_C = jnp.where(mask_C, jnp.abs(sampled_C - logprobs_C), 0.0)
-    return divergence, TokenSums(
-        divergence=jax.lax.stop_gradient(divergence),
-        student_entropy=total(entropy(log_q_detached)),
-        teacher_entropy=total(entropy(log_p)),
+    gap_C = jnp.where(mask_C, jnp.abs(logprob_C - logprobs_C), 0.0)
+    sums = TokenSums(
+        divergence=total(divergence_C),
+        student_entropy=total(student.entropy),
+        teacher_entropy=total(teacher.entropy),
         gap=jnp.sum(gap_C),
         gap_max=jnp.max(gap_C),
     )
+    return sums, jnp.where(mask_C[:, None], slopes_CxV, 0.0)
+
+
+def _moments(own_CxV: jax.Array, other_CxV: jax.Array) -> Moments:
+    """Moments over this device's part of the vocabulary, in one pass over the logits."""
+
+    def terms(own: jax.Array, other: jax.Array) -> tuple[jax.Array, ...]:
+        weights = jnp.exp(own)
+        return weights, weights * own, weights * (own - other)
+
+    def plain(own: jax.Array, other: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(jnp.sum(term, axis=-1) for term in terms(own, other))
+
+    def grouped(own: jax.Array, other: jax.Array) -> tuple[jax.Array, ...]:
+        """A CPU takes one pass a sum, unless told. Told, it adds one by one: so only short runs."""
+        C, V = own.shape
+        shape = C, -1, math.gcd(V, 128)
+        sums = jax.lax.reduce(
+            terms(own.reshape(shape), other.reshape(shape)),
+            (0.0, 0.0, 0.0),
+            lambda left, right: tuple(map(jnp.add, left, right)),
+            (2,),
+        )
+        return tuple(jnp.sum(part, axis=-1) for part in sums)
+
+    return Moments(*jax.lax.platform_dependent(own_CxV, other_CxV, cpu=grouped, default=plain))
 
 
 def zero_sums() -> TokenSums:
@@ -189,15 +393,3 @@ def merge_sums(left: TokenSums, right: TokenSums) -> TokenSums:
     """Sums over the tokens of both."""
     added = jax.tree.map(jnp.add, left, right)
     return added._replace(gap_max=jnp.maximum(left.gap_max, right.gap_max))
-
-
-def in_chunks(inputs: tuple[jax.Array, ...], chunk: int) -> tuple[jax.Array, ...]:
-    """[N, ...] -> [chunks, C, ...], padded with zeros (the mask's padding is False)."""
-    chunk = min(chunk, inputs[0].shape[0])
-
-    def split(leaf: jax.Array) -> jax.Array:
-        missing = -leaf.shape[0] % chunk
-        padded = jnp.pad(leaf, ((0, missing), *((0, 0) for _ in leaf.shape[1:])))
-        return padded.reshape(-1, chunk, *leaf.shape[1:])
-
-    return jax.tree.map(split, inputs)

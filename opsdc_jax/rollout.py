@@ -195,7 +195,7 @@ def micro_batches(
                 [teacher_prompts[row] for row in rows],
                 student_width=width,
                 teacher_width=width + extra,
-                response_width=width,
+                response_width=min(width, host.tokens_BxR.shape[1]),
                 pad_id=pad_id,
             )
         )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from opsdc_jax import sharding
 from opsdc_jax.config import InputError
@@ -163,7 +163,7 @@ def generate(
         stopped_B=state.done_B,
         logprobs_BxR=state.logprobs_BxR,
     )
-    return jax.lax.with_sharding_constraint(rollout, NamedSharding(mesh, PartitionSpec()))
+    return jax.lax.with_sharding_constraint(rollout, sharding.whole(mesh))
 
 
 def _for_decoding(params: Params, config: Qwen3Config, mesh: Mesh) -> Params:
@@ -234,6 +234,11 @@ def _advance(
     response_width: int,
 ) -> _Decode:
     params = _for_decoding(params, config, mesh)
+    # The last call's outputs are named after training's mesh: arrays of two meshes do not mix.
+    cache = sharding.spec(sharding.DECODE_RULES, ("batch", "kv_heads", None, None))
+    placed: Any = dict.fromkeys(_Decode._fields, sharding.batch_sharding(mesh))
+    placed |= {"step": sharding.whole(mesh), "caches": NamedSharding(mesh, cache)}
+    state = jax.lax.with_sharding_constraint(state, _Decode(**placed))
     return _decode(params, config, request, state, vocab_size, response_width, until)
 
 
@@ -250,6 +255,7 @@ def _prefill(
         request.prompts_BxP,
         positions_BxT=jnp.maximum(slots - first_B[:, None], 0),
         valid_BxT=slots >= first_B[:, None],
+        mesh=mesh,
     )
     room = ((0, 0), (0, 0), (0, 0), (0, R), (0, 0))
     # Stated: a cache that followed the compiler's choice could be whole on every device.
@@ -442,10 +448,13 @@ class Sampler:
         sampling: SamplingParams,
     ) -> Request:
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        rows = sharding.batch_sharding(self.mesh)
-        padded, lengths = sharding.place((left_pad(prompts, width, self.pad_id), lengths), rows)
+        padded = left_pad(prompts, width, self.pad_id)
         rest = sampling, np.asarray(self.stop_ids, np.int32), self.pad_id
-        return Request(padded, lengths, keys_B, *jax.device_put(rest))
+        # Every input has a place: the compiler's own choice for one may fit no mesh of the call.
+        rows, whole = sharding.batch_sharding(self.mesh), sharding.whole(self.mesh)
+        return Request(
+            *sharding.place((padded, lengths, keys_B), rows), *sharding.place(rest, whole)
+        )
 
 
 @jax.jit

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from opsdc_jax.config import InputError
 
@@ -26,6 +26,7 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 MESH_AXES = ("replica", "fsdp", "tensor")
 TRAIN_RULES: Rules = {
     "batch": ("replica", "fsdp"),
+    "positions": "tensor",
     "layers": None,
     "vocab": None,
     "embed": "fsdp",
@@ -36,10 +37,11 @@ TRAIN_RULES: Rules = {
 }
 
 DECODE_AXES = ("replica", "fsdp", "split", "copies", "tensor")
-# `tensor` first: what an axis that was split over it already gets on top, it gets inside each part,
-# and the way from training's layout is all-to-alls (from another order, it gathers whole arrays).
+# `tensor` comes first: training splits by it already, so each part is only cut further, and the way
+# from training's layout is all-to-alls. In another order the compiler gathers whole arrays.
 DECODE_RULES: Rules = {
     "batch": ("replica", "fsdp"),
+    "positions": None,
     "layers": None,
     "vocab": ("tensor", "split", "copies"),
     "embed": None,
@@ -50,8 +52,8 @@ DECODE_RULES: Rules = {
 }
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """A mesh over all devices.
+def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
+    """The size of each axis of `MESH_AXES`.
 
     Args:
       sizes: size of each mesh axis; at most one may be -1, which takes the remaining devices.
@@ -59,7 +61,6 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
     Raises:
       InputError: the product of the sizes is not the number of devices.
     """
-    devices = jax.device_count()
     given = [sizes[axis] for axis in MESH_AXES]
     fixed = math.prod(size for size in given if size != -1)
     if given.count(-1) > 1 or any(size == 0 or size < -1 for size in given):
@@ -68,6 +69,12 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
     if math.prod(shape) != devices:
         wanted = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, given, strict=True))
         raise InputError(f"mesh ({wanted}) does not multiply to the {devices} devices present")
+    return shape
+
+
+def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+    """A mesh over all devices, of the shape that `mesh_shape` gives."""
+    shape = mesh_shape(sizes, jax.device_count())
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -95,6 +102,8 @@ def make_decode_mesh(mesh: Mesh, width: int, kv_heads: int) -> Mesh:
             f"model of {kv_heads} key/value heads; sizes that work: {widths}"
         )
     kinds = (AxisType.Auto,) * len(DECODE_AXES)
+    if isinstance(mesh, AbstractMesh):  # of a plan, which has shapes and no devices
+        return AbstractMesh(cut(width), DECODE_AXES, axis_types=kinds)
     return Mesh(mesh.devices.reshape(cut(width)), DECODE_AXES, axis_types=kinds)
 
 
@@ -103,6 +112,11 @@ def decode_widths(mesh: Mesh, kv_heads: int) -> list[int]:
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     widths = (tensor * part for part in range(1, fsdp + 1) if fsdp % part == 0)
     return [width for width in widths if kv_heads % width == 0 or width % kv_heads == 0]
+
+
+def rules_of(mesh: Mesh) -> Rules:
+    """The table that goes with a mesh: decoding's has more axes."""
+    return DECODE_RULES if "split" in mesh.axis_names else TRAIN_RULES
 
 
 def spec(rules: Rules, names: tuple[str | None, ...]) -> PartitionSpec:
@@ -152,11 +166,32 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec(TRAIN_RULES, ("batch",)))
 
 
-def place(tree: Any, sharding: Sharding) -> Any:
-    """Host arrays on the mesh: each process copies only the parts of its own devices."""
+def between_layers(mesh: Mesh, positions: int) -> NamedSharding:
+    """Of hidden states [B, T, D] where a layer ends: rows split, and positions if they divide.
 
-    def put(leaf: np.ndarray) -> jax.Array:
-        leaf = np.asarray(leaf)
+    Said at every layer: left to itself, the compiler lets hidden states follow the embedding, which
+    is split on D, and has every device compute all rows.
+    """
+    names = ("batch", "positions") if positions % mesh.shape["tensor"] == 0 else ("batch",)
+    return NamedSharding(mesh, spec(rules_of(mesh), names))
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def place(tree: Any, sharding: Sharding) -> Any:
+    """Arrays of this process on the mesh: each process copies only the parts of its own devices.
+
+    Args:
+      tree: numbers, numpy arrays or local arrays, the same in every process.
+    """
+
+    def put(leaf: Any) -> jax.Array:
+        if not isinstance(leaf, jax.Array):
+            leaf = np.asarray(leaf)
+            leaf = leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype))
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     with jax.transfer_guard_host_to_device("allow"):  # asked for

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from opsdc_jax import losses, sharding
+from opsdc_jax import sharding
 from opsdc_jax.distill import response_hidden
 from opsdc_jax.models import qwen3
 from opsdc_jax.models.qwen3 import Params, Qwen3Config
@@ -67,11 +67,16 @@ def make_compare(
       shardings: tree of the parameters' shardings.
     """
 
+    mesh = jax.tree.leaves(shardings)[0].mesh
+
     def compare(student: Params, teacher: Params, batch: DistillBatch) -> TokenViews:
         B, R = batch.response_BxR.shape
 
         def hidden(params: Params, tokens_BxT: jax.Array, prompt_B: jax.Array) -> jax.Array:
-            return response_hidden(params, model, tokens_BxT, prompt_B, R).reshape(B * R, -1)
+            hidden_BxRxD = response_hidden(
+                params, model, mesh, tokens_BxT, prompt_B, batch.lengths_B, R
+            )
+            return hidden_BxRxD.reshape(B * R, -1)
 
         inputs = (
             hidden(student, batch.student_BxT, batch.student_prompt_B),
@@ -81,7 +86,7 @@ def make_compare(
         heads = qwen3.unembedding(student), qwen3.unembedding(teacher)
         views = jax.lax.map(
             lambda part: _compare_chunk(part, heads, vocab_size),
-            losses.in_chunks(inputs, chunk_tokens),
+            _in_chunks(inputs, chunk_tokens),
         )
 
         def unchunk(leaf: jax.Array) -> jax.Array:
@@ -89,8 +94,7 @@ def make_compare(
 
         return jax.tree.map(unchunk, views)
 
-    whole = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
-    return jax.jit(compare, out_shardings=whole)
+    return jax.jit(compare, out_shardings=sharding.whole(mesh))
 
 
 def _compare_chunk(
@@ -99,18 +103,19 @@ def _compare_chunk(
     """One chunk: (student's hidden states, teacher's, sampled ids), and both output heads."""
     student_CxD, teacher_CxD, tokens_C = part
     student_head_VxD, teacher_head_VxD = heads
-    log_q_CxV = losses.log_probs(student_CxD, student_head_VxD, vocab_size)
-    log_p_CxV = losses.log_probs(teacher_CxD, teacher_head_VxD, vocab_size)
+    log_q_CxV = _log_probs(student_CxD, student_head_VxD, vocab_size)
+    log_p_CxV = _log_probs(teacher_CxD, teacher_head_VxD, vocab_size)
 
     def side(log_probs_CxV: jax.Array) -> tuple[jax.Array, ...]:
         sampled_C = jnp.take_along_axis(log_probs_CxV, tokens_C[:, None], axis=-1)[:, 0]
         top_CxK, ids_CxK = jax.lax.top_k(log_probs_CxV, min(CHOICES, vocab_size))
-        return losses.entropy(log_probs_CxV), jnp.exp(sampled_C), ids_CxK, jnp.exp(top_CxK)
+        entropy_C = -jnp.sum(jnp.exp(log_probs_CxV) * log_probs_CxV, axis=-1)
+        return entropy_C, jnp.exp(sampled_C), ids_CxK, jnp.exp(top_CxK)
 
     student_entropy, student_prob, student_ids, student_probs = side(log_q_CxV)
     teacher_entropy, teacher_prob, teacher_ids, teacher_probs = side(log_p_CxV)
     return TokenViews(
-        kl=losses.reverse_kl(log_q_CxV, log_p_CxV),
+        kl=jnp.sum(jnp.exp(log_q_CxV) * (log_q_CxV - log_p_CxV), axis=-1),
         student_entropy=student_entropy,
         teacher_entropy=teacher_entropy,
         student_prob=student_prob,
@@ -120,6 +125,23 @@ def _compare_chunk(
         teacher_ids=teacher_ids,
         teacher_probs=teacher_probs,
     )
+
+
+def _log_probs(hidden: jax.Array, head_VxD: jax.Array, vocab_size: int) -> jax.Array:
+    """Float32 log-probabilities [..., V], normalised over the tokenizer's `vocab_size` entries."""
+    return jax.nn.log_softmax(qwen3.logits(hidden, head_VxD, vocab_size), axis=-1)
+
+
+def _in_chunks(inputs: tuple[jax.Array, ...], chunk: int) -> tuple[jax.Array, ...]:
+    """[N, ...] -> [chunks, C, ...], padded with zeros."""
+    chunk = min(chunk, inputs[0].shape[0])
+
+    def split(leaf: jax.Array) -> jax.Array:
+        missing = -leaf.shape[0] % chunk
+        padded = jnp.pad(leaf, ((0, missing), *((0, 0) for _ in leaf.shape[1:])))
+        return padded.reshape(-1, chunk, *leaf.shape[1:])
+
+    return jax.tree.map(split, inputs)
 
 
 @dataclasses.dataclass(frozen=True)

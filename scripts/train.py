@@ -116,7 +116,9 @@ def prepare(settings: ConfigDict) -> Parts:
       InputError: an input that cannot work, with what to change.
     """
     folder = hf.resolve_folder(settings.model.path)
-    model = hf.load_config(folder, settings.model.compute_dtype, settings.model.remat)
+    model = hf.load_config(
+        folder, settings.model.compute_dtype, settings.model.remat, settings.model.attention
+    )
     tokenizer = hf.load_tokenizer(folder)
     hf.check_vocabulary(tokenizer, model)
     mesh = sharding.make_mesh(settings.mesh)

@@ -3,9 +3,11 @@
 import importlib.util
 import pathlib
 import types
+from collections.abc import Iterator
 
 import jax
 import numpy as np
+from jax.extend import core
 from ml_collections import ConfigDict
 
 from opsdc_jax.models import qwen3
@@ -52,6 +54,14 @@ def random_params(config: Qwen3Config, seed: int, scale: float = 10.0) -> Params
     return jax.tree.map(lambda leaf: leaf * scale if leaf.ndim > 2 else leaf, params) | {
         "embedding": params["embedding"] * scale
     }
+
+
+def shapes_within(jaxpr: core.Jaxpr) -> Iterator[tuple[int, ...]]:
+    """The shape of every array a traced program forms, inner programs included."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.shape for variable in equation.outvars)
+        for inner in core.jaxprs_in_params(equation.params):
+            yield from shapes_within(inner)
 
 
 def relative_error(got: object, expected: object) -> float:

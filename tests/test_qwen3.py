@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opsdc_jax.models import qwen3
+from opsdc_jax.config import REMAT_POLICIES
+from opsdc_jax.models import attention, qwen3
 from opsdc_jax.models.qwen3 import KVCache
 from opsdc_jax.models.rope import Yarn
 
@@ -44,6 +45,24 @@ def test_logits_are_those_of_transformers(name, source, spacing):
     assert gap <= 2e-5
 
 
+@pytest.fixture(params=["dense", "blockwise"])
+def implementation(request, monkeypatch):
+    """Of attention; blocks are small enough for several of them."""
+    monkeypatch.setattr(attention, "BLOCK", 6)
+    return request.param
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blockwise_logits_are_those_of_transformers(name, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 6)
+    model = hf_reference.load(name)
+    given = model.inputs
+    config = dataclasses.replace(model.config, attention="blockwise")
+    got = all_logits(model.params, config, given.tokens, given.stretched, given.valid)
+    expected = hf_reference.reference(name, "golden")["stretched_logits"][given.valid]
+    assert relative_gap(np.asarray(got)[given.valid], expected) <= 2e-5
+
+
 @pytest.mark.parametrize("source", hf_reference.SOURCES)
 @pytest.mark.parametrize("name", NAMES)
 def test_yarn_logits_are_those_of_transformers(name, source):
@@ -69,11 +88,11 @@ def test_positions_matter():
 
 
 @pytest.mark.parametrize(("name", "prefilled"), [("tied", 13), ("untied", 1)])
-def test_prefill_and_decode_equal_forward(name, prefilled):
+def test_prefill_and_decode_equal_forward(name, prefilled, implementation):
     """At every real position; the cache slots not yet written hold garbage."""
     model = hf_reference.load(name)
-    config, given = model.config, model.inputs
-    expected = all_logits(model.params, config, given.tokens, given.stretched, given.valid)
+    config, given = dataclasses.replace(model.config, attention=implementation), model.inputs
+    expected = all_logits(model.params, model.config, given.tokens, given.stretched, given.valid)
     hidden, stacked = jax.jit(qwen3.prefill, static_argnames="config")(
         model.params,
         config,
@@ -100,9 +119,10 @@ def test_prefill_and_decode_equal_forward(name, prefilled):
     assert relative_gap(got[given.valid], np.asarray(expected)[given.valid]) <= 1e-5
 
 
-def test_no_logit_depends_on_a_later_token_or_on_padding():
+def test_no_logit_depends_on_a_later_token_or_on_padding(implementation):
     """By gradient, exactly zero; and every visible token does have an influence."""
     model = hf_reference.load("tied")
+    config = dataclasses.replace(model.config, attention=implementation)
     width, padding = 9, 2
     tokens = np.arange(10, 10 + width)[None]  # all different: one embedding row a position
     valid = np.arange(width)[None] >= padding
@@ -111,7 +131,7 @@ def test_no_logit_depends_on_a_later_token_or_on_padding():
 
     def projected_logits(embedding):
         params = model.params | {"embedding": embedding}
-        hidden = qwen3.forward(params, model.config, tokens, valid_BxT=valid)
+        hidden = qwen3.forward(params, config, tokens, valid_BxT=valid)
         return (qwen3.logits(hidden, head, model.config.vocab_size) @ direction)[0]
 
     slopes = np.asarray(jax.jit(jax.jacrev(projected_logits))(model.params["embedding"]))
@@ -153,26 +173,37 @@ def test_a_row_of_padding_alone_is_finite():
 
 
 def test_remat_gives_the_same_gradient_and_keeps_less():
-    model = hf_reference.load("untied")
-    direction = np.random.default_rng(1).normal(size=(4, 20, model.config.vocab_size))
+    """Each policy less than the one before it, and what its description says."""
+    model = hf_reference.load("tied")
+    tokens = model.inputs.tokens
+    direction = np.random.default_rng(1).normal(size=(*tokens.shape, model.config.hidden_size))
 
     def loss(params, config):
-        logits = all_logits(params, config, model.inputs.tokens)
-        return jnp.mean(logits * direction.astype(np.float32))
+        return jnp.mean(qwen3.forward(params, config, tokens) * direction.astype(np.float32))
 
-    gradients, kept = [], []
-    for remat in ("none", "full"):
-        config = dataclasses.replace(model.config, remat=remat)
-        gradients.append(jax.jit(jax.grad(loss), static_argnames="config")(model.params, config))
+    def kept(config):
         residuals = jax.eval_shape(
-            lambda params, config=config: jax.vjp(lambda p: loss(p, config), params)[1],
-            model.params,
+            lambda params: jax.vjp(lambda p: loss(p, config), params)[1], model.params
         )
-        kept.append(sum(leaf.size for leaf in jax.tree.leaves(residuals)))
-    assert kept[1] < kept[0] / 2
-    for plain, recomputed in zip(*map(jax.tree.leaves, gradients), strict=True):
-        assert np.abs(plain).max() > 0
-        assert relative_gap(recomputed, plain) <= 1e-5
+        return sum(leaf.size for leaf in jax.tree.leaves(residuals))
+
+    configs = {
+        remat: dataclasses.replace(model.config, remat=remat, attention="blockwise")
+        for remat in REMAT_POLICIES
+    }
+    sizes = {remat: kept(config) for remat, config in configs.items()}
+    of_attention = model.config.num_attention_heads * (model.config.head_dim + 1)
+    assert sizes["none"] > 1.2 * sizes["dots"] > 1.2 * sizes["attention"]
+    assert sizes["attention"] - sizes["full"] == pytest.approx(
+        of_attention * model.config.num_hidden_layers * tokens.size, rel=1e-3
+    )
+    gradient = jax.jit(jax.grad(loss), static_argnames="config")
+    expected = jax.tree.leaves(gradient(model.params, configs["none"]))
+    for remat in ("attention", "full"):
+        got = jax.tree.leaves(gradient(model.params, configs[remat]))
+        for plain, again in zip(expected, got, strict=True):
+            assert np.abs(plain).max() > 0
+            assert relative_gap(again, plain) <= 1e-5
 
 
 def test_bfloat16_compute_is_close_to_float32():
@@ -279,6 +310,10 @@ def test_equal_configs_and_shapes_share_one_trace():
     traces = all_logits._cache_size()
     all_logits(model.params, dataclasses.replace(model.config), given.tokens[::-1].copy(), *where)
     assert all_logits._cache_size() == traces
+
+
+def test_every_configurable_remat_policy_exists():
+    assert {"none", *qwen3.REMAT_POLICIES} == set(REMAT_POLICIES)
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

@@ -91,7 +91,13 @@ def test_greedy_decoding_is_that_of_transformers(name, source):
 def trainers_logprobs(params, config, batch, entries):
     """Log-probabilities of the response ids by the trainer's own path, [B, R]."""
     hidden = distill.response_hidden(
-        params, config, batch.student_BxT, batch.student_prompt_B, batch.response_BxR.shape[1]
+        params,
+        config,
+        None,
+        batch.student_BxT,
+        batch.student_prompt_B,
+        batch.lengths_B,
+        batch.response_BxR.shape[1],
     )
     logprobs = jax.nn.log_softmax(qwen3.logits(hidden, qwen3.unembedding(params), entries))
     return jnp.take_along_axis(logprobs, batch.response_BxR[..., None], axis=-1)[..., 0]

@@ -63,7 +63,11 @@ def views(chunk=8):
 @functools.cache
 def hidden():
     """The hidden states that predict the responses, of student and teacher: [3, 12, 32] each."""
-    states = jax.jit(lambda *inputs: distill.response_hidden(inputs[0], SMALL, *inputs[1:], 12))
+    states = jax.jit(
+        lambda params, tokens, prompt: distill.response_hidden(
+            params, SMALL, None, tokens, prompt, BATCH.lengths_B, 12
+        )
+    )
     return (
         states(STUDENT, BATCH.student_BxT, BATCH.student_prompt_B),
         states(TEACHER, BATCH.teacher_BxT, BATCH.teacher_prompt_B),
@@ -78,18 +82,19 @@ def float64_log_probs(states, params):
 
 
 def test_the_tokens_kl_add_up_to_the_loss():
-    student, teacher = (states.reshape(-1, 32) for states in hidden())
+    student, teacher = hidden()
     sums = losses.divergence_sums(
         "reverse_kl",
         ENTRIES,
         8,
+        None,
         student,
         qwen3.unembedding(STUDENT),
         teacher,
         qwen3.unembedding(TEACHER),
-        BATCH.response_BxR.reshape(-1),
-        BATCH.logprobs_BxR.reshape(-1),
-        MASK.reshape(-1),
+        BATCH.response_BxR,
+        BATCH.logprobs_BxR,
+        MASK,
     )
     found = views()
     assert sums.divergence > 1

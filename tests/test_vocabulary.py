@@ -6,8 +6,9 @@ import jax
 import numpy as np
 from helpers import SMALL
 
+from opsdc_jax import sharding
 from opsdc_jax.models import qwen3
-from opsdc_jax.sampler import EVAL_STREAM, Request, SamplingParams, generate, sequence_keys
+from opsdc_jax.sampler import EVAL_STREAM, Sampler, SamplingParams, decode_mesh, sequence_keys
 
 ROWS, ENTRIES = 151_936, 151_669
 WIDTH, RESPONSES = 16, 64  # tokens of a response; responses sampled at a time
@@ -22,17 +23,21 @@ def sampled_ids(count, beyond=1.0):
     config = dataclasses.replace(SMALL, vocab_size=ROWS, hidden_size=8, num_hidden_layers=1)
     params = qwen3.init_params(config, jax.random.key(0))
     params["embedding"] = params["embedding"].at[ENTRIES:].multiply(beyond)
+    mesh = sharding.make_mesh({"replica": 1, "fsdp": 1, "tensor": -1})
+    sampler = Sampler(
+        model=config,
+        mesh=decode_mesh(config, mesh, -1),
+        prompt_buckets=(1,),
+        response_width=WIDTH,
+        vocab_size=ENTRIES,
+        stop_ids=(-1,),
+        pad_id=0,
+    )
+    prompts = [[row] for row in range(RESPONSES)]
     ids = []
     for call in range(-(-count // (RESPONSES * WIDTH))):
-        request = Request(
-            prompts_BxP=np.arange(RESPONSES, dtype=np.int32)[:, None],
-            prompt_lengths_B=np.ones(RESPONSES, np.int32),
-            keys_B=sequence_keys(0, EVAL_STREAM, call, np.arange(RESPONSES)),
-            sampling=SamplingParams(),
-            stop_ids=np.array([-1], np.int32),
-            pad_id=0,
-        )
-        out = generate(params, config, request, vocab_size=ENTRIES, response_width=WIDTH)
+        keys = sequence_keys(0, EVAL_STREAM, call, np.arange(RESPONSES))
+        out = sampler(params, prompts, keys, SamplingParams())
         ids.append(np.asarray(out.tokens_BxR).ravel())
     return np.concatenate(ids)
 

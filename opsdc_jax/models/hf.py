@@ -71,12 +71,15 @@ def resolve_folder(path: str) -> pathlib.Path:
 
 
 def load_config(
-    folder: str | pathlib.Path, compute_dtype: str = "float32", remat: str = "none"
+    folder: str | pathlib.Path,
+    compute_dtype: str = "float32",
+    remat: str = "none",
+    attention: str = "auto",
 ) -> Qwen3Config:
     """Reads the architecture from `folder`/config.json.
 
     Args:
-      compute_dtype, remat: how to compute it, see `Qwen3Config`.
+      compute_dtype, remat, attention: how to compute it, see `Qwen3Config`.
 
     Raises:
       InputError: the file is missing or damaged, or describes another model.
@@ -116,6 +119,7 @@ def load_config(
         yarn=yarn,
         compute_dtype=compute_dtype,
         remat=remat,
+        attention=attention,
         **{name: raw[name] for name in _PLAIN_FIELDS},
     )
 

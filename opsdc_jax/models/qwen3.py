@@ -12,6 +12,7 @@ L layers.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +21,23 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from opsdc_jax import sharding
+from opsdc_jax.models import attention
 from opsdc_jax.models.rope import Yarn, apply_rotary, rotary_tables
 
 Params = dict[str, Any]
 
-_MASKED = -1e30  # finite, so that a row with no visible key gives no NaN
+# (query, keys, values) -> attended: [B, H, T, K], twice [B, N, S, K] -> [B, H, T, K]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+# What the backward pass does not compute again, a layer; its input is kept in any case.
+_SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(attention.RESIDUALS)
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": _SAVE_ATTENTION,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _SAVE_ATTENTION
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +48,12 @@ class Qwen3Config:
       yarn: scaling of the rotary embeddings; None is the default kind.
       compute_dtype: dtype of activations and matrix products; norms, softmax and rotary angles
         stay in float32, and parameters are cast where they are used.
-      remat: "none", or "full" to recompute each layer in the backward pass.
+      attention: how attention is computed, see `attention.choose`.
+      remat: what the backward pass computes again. "none": nothing. "full": each layer, from its
+        input, D numbers a token. "attention": the same but for attention itself, whose output and
+        log-sum-exp are kept, H (K + 1) numbers a token and layer more; it is "full" where attention
+        is "dense" or "cudnn". "dots": norms, rotary embeddings and activation functions only; every
+        product with a weight is kept too, (2 H + 2 N) K + 2 D + 2 F numbers or so.
     """
 
     vocab_size: int
@@ -51,6 +69,7 @@ class Qwen3Config:
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 40_960
     compute_dtype: str = "float32"
+    attention: str = "auto"
     remat: str = "none"
 
 
@@ -81,27 +100,6 @@ class RMSNorm(nnx.Module):
         return (x32 * inverse_rms).astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
-def attend(
-    query_BxHxTxK: jax.Array, cache: KVCache, mask_BxTxS: jax.Array, group: int
-) -> jax.Array:
-    """Grouped-query attention, [B, H, T, K]; softmax in float32.
-
-    The queries that share a key/value head are folded into the time axis. One batched matrix
-    product per key/value head is much faster on a CPU than a product with a group axis.
-    """
-    B, H, T, K = query_BxHxTxK.shape
-    N, S = H // group, cache.keys.shape[2]
-    query = query_BxHxTxK.reshape(B, N, group * T, K)
-    scores = jnp.einsum(
-        "bnqk,bnsk->bnqs", query, cache.keys, preferred_element_type=jnp.float32
-    ) * (K**-0.5)
-    mask = mask_BxTxS[:, None, None, :, :]
-    scores = jnp.where(mask, scores.reshape(B, N, group, T, S), _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(cache.values.dtype)
-    out = jnp.einsum("bnqs,bnsk->bnqk", weights.reshape(B, N, group * T, S), cache.values)
-    return out.reshape(B, H, T, K)
-
-
 class Attention(nnx.Module):
     """Self-attention with RMS-normalised queries and keys (normalised before RoPE)."""
 
@@ -118,32 +116,33 @@ class Attention(nnx.Module):
         self.out = _param(rngs, (H, K, D), ("heads", "head_dim", "embed"))
         self.query_norm = RMSNorm(K, "head_dim", config.rms_norm_eps)
         self.key_norm = RMSNorm(K, "head_dim", config.rms_norm_eps)
-        self.group = H // N
+        self.head_dim = K
 
     def __call__(
         self,
         x_BxTxD: jax.Array,
         rotary: tuple[jax.Array, ...],
-        mask_BxTxS: jax.Array,
+        attend: Attend,
         cache: KVCache | None = None,
         slot: jax.Array | int = 0,
     ) -> tuple[jax.Array, KVCache]:
         """Attends over the T new positions, or over `cache` after writing them at `slot`."""
+        cos, sin = rotary
+        scale = self.head_dim**-0.5  # of the scores, applied before the queries are cast
 
         def project(kernel: nnx.Param) -> jax.Array:
             return jnp.einsum("btd,dhk->bhtk", x_BxTxD, kernel[...].astype(x_BxTxD.dtype))
 
-        query = apply_rotary(self.query_norm(project(self.query)), *rotary)
-        keys = apply_rotary(self.key_norm(project(self.key)), *rotary)
+        query = apply_rotary(self.query_norm(project(self.query)), cos * scale, sin * scale)
+        keys = apply_rotary(self.key_norm(project(self.key)), cos, sin)
         values = project(self.value)
         if cache is not None:
             start = (0, 0, slot, 0)
             keys = jax.lax.dynamic_update_slice(cache.keys, keys, start)
             values = jax.lax.dynamic_update_slice(cache.values, values, start)
-        cache = KVCache(keys, values)
-        attended = attend(query, cache, mask_BxTxS, self.group)
+        attended = attend(query, keys, values)
         out = jnp.einsum("bhtk,hkd->btd", attended, self.out[...].astype(x_BxTxD.dtype))
-        return out, cache
+        return out, KVCache(keys, values)
 
 
 class MLP(nnx.Module):
@@ -174,13 +173,11 @@ class DecoderLayer(nnx.Module):
         self,
         x_BxTxD: jax.Array,
         rotary: tuple[jax.Array, ...],
-        mask_BxTxS: jax.Array,
+        attend: Attend,
         cache: KVCache | None = None,
         slot: jax.Array | int = 0,
     ) -> tuple[jax.Array, KVCache]:
-        attended, cache = self.attention(
-            self.attention_norm(x_BxTxD), rotary, mask_BxTxS, cache, slot
-        )
+        attended, cache = self.attention(self.attention_norm(x_BxTxD), rotary, attend, cache, slot)
         x_BxTxD = x_BxTxD + attended
         return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD)), cache
 
@@ -210,19 +207,30 @@ class Qwen3(nnx.Module):
         return rotary_tables(positions_BxT, config.head_dim, config.rope_theta, config.yarn)
 
     def __call__(
-        self, tokens_BxT: jax.Array, positions_BxT: jax.Array, mask_BxTxS: jax.Array, keep: bool
+        self,
+        tokens_BxT: jax.Array,
+        positions_BxT: jax.Array,
+        attend: Attend,
+        mesh: Mesh | None,
+        keep: bool,
     ) -> tuple[jax.Array, KVCache | None]:
         """Hidden states after the final norm, and the stacked caches [L, ...] if `keep`."""
         rotary = self.rotary(positions_BxT)
         layer_def, layers = nnx.split(self.layers)
 
-        def body(x: jax.Array, layer: Any) -> tuple[jax.Array, KVCache | None]:
-            x, cache = nnx.merge(layer_def, layer)(x, rotary, mask_BxTxS)
-            return x, cache if keep else None
+        def placed(x: jax.Array) -> jax.Array:
+            if mesh is None or mesh.size == 1:
+                return x
+            return jax.lax.with_sharding_constraint(x, sharding.between_layers(mesh, x.shape[1]))
 
-        if self.config.remat == "full":
-            body = jax.checkpoint(body, prevent_cse=False)
-        x, caches = jax.lax.scan(body, self.embed(tokens_BxT), layers)
+        def body(x: jax.Array, layer: Any) -> tuple[jax.Array, KVCache | None]:
+            x, cache = nnx.merge(layer_def, layer)(x, rotary, attend)
+            return placed(x), cache if keep else None
+
+        if self.config.remat != "none":
+            policy = REMAT_POLICIES[self.config.remat]
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        x, caches = jax.lax.scan(body, placed(self.embed(tokens_BxT)), layers)
         return self.final_norm(x), caches
 
 
@@ -277,6 +285,8 @@ def forward(
     *,
     positions_BxT: jax.Array | None = None,
     valid_BxT: jax.Array | None = None,
+    lengths_B: jax.Array | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Final hidden states, [B, T, D] in compute dtype; multiply by `unembedding` for logits.
 
@@ -284,9 +294,17 @@ def forward(
       positions_BxT: rotary positions; by default 0..T-1 in each row. Padding on the right needs
         neither argument: under the causal mask no real token sees it.
       valid_BxT: False marks positions no token may attend to (padding on the left).
+      lengths_B: tokens of rows padded on the right, see `attention.attention`.
+      mesh: where the arrays are; None is one device.
     """
-    hidden, _ = _run(params, config, tokens_BxT, positions_BxT, valid_BxT, keep=False)
-    return hidden
+    attend = functools.partial(
+        attention.attention,
+        implementation=config.attention,
+        valid_BxT=valid_BxT,
+        lengths_B=lengths_B,
+        mesh=mesh,
+    )
+    return _run(params, config, tokens_BxT, positions_BxT, attend, mesh, keep=False)[0]
 
 
 def prefill(
@@ -296,9 +314,13 @@ def prefill(
     *,
     positions_BxT: jax.Array,
     valid_BxT: jax.Array,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Like `forward`, and the caches of all layers stacked: each [L, B, N, T, K]."""
-    hidden, caches = _run(params, config, tokens_BxT, positions_BxT, valid_BxT, keep=True)
+    attend = functools.partial(
+        attention.attention, implementation=config.attention, valid_BxT=valid_BxT, mesh=mesh
+    )
+    hidden, caches = _run(params, config, tokens_BxT, positions_BxT, attend, mesh, keep=True)
     assert caches is not None
     return hidden, caches
 
@@ -308,17 +330,14 @@ def _run(
     config: Qwen3Config,
     tokens_BxT: jax.Array,
     positions_BxT: jax.Array | None,
-    valid_BxT: jax.Array | None,
+    attend: Attend,
+    mesh: Mesh | None,
     keep: bool,
 ) -> tuple[jax.Array, KVCache | None]:
-    T = tokens_BxT.shape[1]
     if positions_BxT is None:
-        positions_BxT = jnp.arange(T, dtype=jnp.int32)[None, :]
-    mask = jnp.tril(jnp.ones((T, T), bool))[None]
-    if valid_BxT is not None:
-        mask = mask & valid_BxT[:, None, :]
+        positions_BxT = jnp.arange(tokens_BxT.shape[1], dtype=jnp.int32)[None, :]
     model = nnx.merge(_described(config)[0], params)
-    return model(tokens_BxT, positions_BxT, mask, keep)
+    return model(tokens_BxT, positions_BxT, attend, mesh, keep)
 
 
 def unstack_layers(params: Params, config: Qwen3Config) -> list[Params]:
@@ -360,9 +379,10 @@ def decode_step(
     layer_def, _ = nnx.split(model.layers)
     rotary = model.rotary(position_B[:, None])
     x = model.embed(token_B[:, None])
+    attend = functools.partial(attention.dense, visible_BxTxS=valid_BxS[:, None, :])
     updated = []
     for layer, cache in zip(layers, caches, strict=True):
-        x, cache = nnx.merge(layer_def, layer)(x, rotary, valid_BxS[:, None, :], cache, slot)
+        x, cache = nnx.merge(layer_def, layer)(x, rotary, attend, cache, slot)
         updated.append(cache)
     return model.final_norm(x)[:, 0], updated
 
@@ -385,4 +405,4 @@ def logits(hidden: jax.Array, head_VxD: jax.Array, vocab_size: int) -> jax.Array
         preferred_element_type=jnp.float32,
     )
     V = head_VxD.shape[0]
-    return out if vocab_size == V else jnp.where(jnp.arange(V) < vocab_size, out, _MASKED)
+    return out if vocab_size == V else jnp.where(jnp.arange(V) < vocab_size, out, attention.MASKED)

@@ -1,0 +1,114 @@
+"""What is never held: [T, T] at 9,216 tokens, [tokens, vocabulary], a program per layer."""
+
+import dataclasses
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import SMALL, shapes_within
+
+from opsdc_jax import distill, losses, sharding
+from opsdc_jax.models import qwen3
+from opsdc_jax.rollout import DistillBatch
+
+PROMPT, RESPONSE = 1024, 8192
+OPTIM = types.SimpleNamespace(
+    lr=1e-2, warmup_steps=0, b1=0.9, b2=0.95, weight_decay=0.01, clip_norm=1.0
+)
+
+
+def train_step(model, mesh=None, chunk_tokens=512):
+    mesh = mesh or sharding.make_mesh({"replica": 1, "fsdp": -1, "tensor": 1})
+    return distill.make_train_step(
+        model,
+        distill.make_optimizer(OPTIM),
+        divergence="reverse_kl",
+        chunk_tokens=chunk_tokens,
+        vocab_size=model.vocab_size,
+        shardings=qwen3.shardings(model, mesh),
+        teacher_dtype="bfloat16",
+    )
+
+
+def abstract_batch(rows, prompt, response):
+    def array(*shape, dtype="int32"):
+        return jax.ShapeDtypeStruct((rows, *shape), dtype)
+
+    row, reply = array(prompt + response), array(response)
+    return DistillBatch(
+        row, row, array(), array(), reply, array(), array(response, dtype="float32")
+    )
+
+
+def accumulate_arguments(jitted, batch):
+    accumulator = jax.eval_shape(jitted.zeros, jitted.like.student)
+    return jitted.like.student, jitted.like.teacher, accumulator, batch
+
+
+def largest_of_step_and_prefill(attention: str) -> tuple[int, int]:
+    """Elements of the largest intermediate array of either program at 9,216 tokens."""
+    model = dataclasses.replace(SMALL, attention=attention, remat="full")
+    jitted = train_step(model)
+    step = jitted.accumulate.trace(
+        *accumulate_arguments(jitted, abstract_batch(1, PROMPT, RESPONSE))
+    )
+    tokens = jax.ShapeDtypeStruct((1, PROMPT + RESPONSE), jnp.int32)
+    valid = jax.ShapeDtypeStruct(tokens.shape, bool)
+    prefill = jax.make_jaxpr(
+        lambda params, tokens, valid: qwen3.prefill(
+            params, model, tokens, positions_BxT=tokens, valid_BxT=valid
+        )
+    )(jitted.like.student, tokens, valid)
+    return tuple(max(map(math.prod, shapes_within(program.jaxpr))) for program in (step, prefill))
+
+
+def test_no_array_of_tokens_by_tokens_at_9216():
+    """Forward, backward and prefill, masks included; the dense way would show."""
+    tokens = PROMPT + RESPONSE
+    for largest in largest_of_step_and_prefill("auto"):
+        assert largest < tokens**2 / 64
+    for largest in largest_of_step_and_prefill("dense"):
+        assert largest >= tokens**2
+
+
+def test_the_train_step_is_one_program_at_any_depth():
+    """As many operations at 36 as at 64 layers, in both of its parts."""
+
+    def operations(layers):
+        jitted = train_step(dataclasses.replace(SMALL, num_hidden_layers=layers, remat="full"))
+        arguments = accumulate_arguments(jitted, abstract_batch(2, 4, 8))
+        programs = (
+            jitted.accumulate.lower(*arguments),
+            jitted.apply.lower(jitted.like, arguments[2]),
+        )
+        return [program.as_text().count(" = stablehlo.") for program in programs]
+
+    shallow, deep = operations(36), operations(64)
+    assert shallow == deep
+    assert min(shallow) > 100
+
+
+@pytest.mark.parametrize("name", list(losses.DIVERGENCES))
+def test_memory_of_the_loss_does_not_grow_with_tokens_by_vocabulary(name):
+    """Four times the tokens need the temporaries of their hidden states more, no more."""
+    V, D = 4096, 16
+
+    def temporary_bytes(tokens):
+        def loss(student, student_head, teacher, teacher_head, *labels):
+            rest = (student, student_head, teacher, teacher_head, *labels)
+            return losses.divergence_sums(name, V, 64, None, *rest).divergence
+
+        hidden, head = (
+            jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, tokens, D), (V, D))
+        )
+        labels = [jax.ShapeDtypeStruct((1, tokens), kind) for kind in ("int32", "float32", "bool")]
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(
+            hidden, head, hidden, head, *labels
+        )
+        return compiled.compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporary_bytes(256), temporary_bytes(1024)
+    assert short >= 64 * V * 4, "a chunk's logits are there"
+    assert long - short <= 4 * 768 * D * 4
