@@ -1,11 +1,10 @@
 """Qwen3-4B on DAPO-Math-17k, the paper's settings for 8B and 14B.
 
 Command:   python scripts/train.py --config configs/qwen3_4b.py --workdir runs/qwen3_4b
-Hardware:  about 88 GB of accelerator memory over all devices for the float32 student, its AdamW
-           moments and gradients, and the bf16 teacher (22 bytes a parameter), and room for
-           activations and the KV cache of 32 rollouts of 1,024 + 8,192 tokens. Not yet run on any.
-           Attention is dense: where it does not fit, lower train.micro_batch_size and
-           sampler.max_response_tokens (the paper still saw -29.8% with rollouts of 1,024 tokens).
+Hardware:  a TPU slice v5e:2x4, of whose 15.75 GiB a chip it takes 14.37 at the peak, with the
+           overrides in `python scripts/plan.py --config configs/qwen3_4b.py --topology v5e:2x4
+           --config.train.micro_batch_size=8 --config.eval.batch_size=8`, which shows it without a
+           TPU. Other slices: docs/hardware.md. Not yet run on any.
 Time:      not measured; most of it is sampling.
 Expected:  the paper has no result for this size.
 """
