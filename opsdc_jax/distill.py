@@ -58,6 +58,8 @@ class TrainStep(NamedTuple):
         the parameters.
       zeros: student parameters -> empty Accumulator.
       accumulate: (student, teacher, accumulator, DistillBatch) -> accumulator; donates the old one.
+      single: (student, teacher, DistillBatch) -> accumulator, of a step that is one micro-batch: no
+        accumulator lies beside its gradients.
       apply: (state, accumulator) -> (state, metrics); donates the state.
       refresh: (student, teacher) -> teacher; writes into the teacher's own buffers.
     """
@@ -66,6 +68,7 @@ class TrainStep(NamedTuple):
     init: Callable[[Params], TrainState]
     zeros: Callable[[Params], Accumulator]
     accumulate: Callable[[Params, Params, Accumulator, DistillBatch], Accumulator]
+    single: Callable[[Params, Params, DistillBatch], Accumulator]
     apply: Callable[[TrainState, Accumulator], tuple[TrainState, dict[str, jax.Array]]]
     refresh: Callable[[Params, Params], Params]
 
@@ -153,14 +156,18 @@ def make_train_step(
         )
         return sums.divergence, sums
 
+    def single(student: Params, teacher: Params, batch: DistillBatch) -> Accumulator:
+        gradients, sums = jax.grad(loss, has_aux=True)(student, teacher, batch)
+        return Accumulator(gradients, sums, tokens=jnp.sum(batch.lengths_B))
+
     def accumulate(
         student: Params, teacher: Params, accumulator: Accumulator, batch: DistillBatch
     ) -> Accumulator:
-        gradients, sums = jax.grad(loss, has_aux=True)(student, teacher, batch)
+        new = single(student, teacher, batch)
         return Accumulator(
-            gradients=jax.tree.map(jnp.add, accumulator.gradients, gradients),
-            sums=losses.merge_sums(accumulator.sums, sums),
-            tokens=accumulator.tokens + jnp.sum(batch.lengths_B),
+            gradients=jax.tree.map(jnp.add, accumulator.gradients, new.gradients),
+            sums=losses.merge_sums(accumulator.sums, new.sums),
+            tokens=accumulator.tokens + new.tokens,
         )
 
     def apply(
@@ -220,6 +227,7 @@ def make_train_step(
         init=jax.jit(init, donate_argnums=0, out_shardings=placed),
         zeros=jax.jit(zeros, out_shardings=placed_accumulator),
         accumulate=jax.jit(accumulate, donate_argnums=2, out_shardings=placed_accumulator),
+        single=jax.jit(single, out_shardings=placed_accumulator),
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(placed, whole)),
         # keep_unused: a teacher dropped as unused would be donated to nobody, and not aliased.
         refresh=jax.jit(

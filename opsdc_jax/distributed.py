@@ -103,6 +103,23 @@ def from_first(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
+def first_does(work: Callable[[], None]) -> None:
+    """Runs `work` in the first process only; where it fails there, no process goes on.
+
+    Raises:
+      Exception: the first process's own, there.
+      InputError: that it failed, elsewhere.
+    """
+    failure: Exception | None = None
+    if is_first():
+        try:
+            work()
+        except Exception as error:  # told to the others, then raised
+            failure = error
+    if from_first(failure is not None):
+        raise failure or InputError("the first process failed: its message says why")
+
+
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Inside, SIGTERM to any process is a request to stop instead of its end.

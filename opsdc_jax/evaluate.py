@@ -5,6 +5,7 @@ in docs/formats.md; opsdc_jax/summary.py makes statistics of them, without a mod
 """
 
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -71,16 +72,25 @@ class Evaluator:
         complete = True
         for benchmark in self.benchmarks:
             files = self._files(system, benchmark)
-            if distributed.is_first():
-                files.open(self._describe(system, benchmark))
+            described = self._describe(system, benchmark)
+            distributed.first_does(functools.partial(files.open, described))
             complete &= self._sampled(files, benchmark) == self._total(benchmark)
         return complete
 
-    def run(self, system: System, params: Params | None) -> None:
+    def run(
+        self,
+        system: System,
+        params: Params | None,
+        stop_asked: Callable[[], bool] = lambda: False,
+    ) -> bool:
         """Samples what is not there yet, grades it, and prints a line for each benchmark.
 
         Args:
           params: of the system's model; not needed if all its responses are there.
+          stop_asked: asked after every batch, by all processes together.
+
+        Returns:
+          False if it was asked to stop before all was there: another call goes on.
         """
         self.open(system)
         for benchmark in self.benchmarks:
@@ -90,7 +100,8 @@ class Evaluator:
             began = time.perf_counter()
             if self._sampled(files, benchmark) < self._total(benchmark):
                 assert params is not None
-                self._sample(files, system, benchmark, params)
+                if not self._sample(files, system, benchmark, params, stop_asked):
+                    return False
             if distributed.is_first():
                 summary.grade(files)
                 print(
@@ -98,6 +109,7 @@ class Evaluator:
                     f"({time.perf_counter() - began:.0f} s)",
                     flush=True,
                 )
+        return True
 
     def _files(self, system: System, benchmark: Benchmark) -> SystemFiles:
         return SystemFiles(self.folder / benchmark.name, system.name)
@@ -116,9 +128,14 @@ class Evaluator:
         return self.prompts.teacher if system.concise else self.prompts.student
 
     def _sample(
-        self, files: SystemFiles, system: System, benchmark: Benchmark, params: Params
-    ) -> None:
-        """Goes on with a system's responses to a benchmark until all are there."""
+        self,
+        files: SystemFiles,
+        system: System,
+        benchmark: Benchmark,
+        params: Params,
+        stop_asked: Callable[[], bool],
+    ) -> bool:
+        """Goes on with a system's responses to a benchmark; whether all are there in the end."""
         options, render = self.settings.eval, self._render(system)
         total, first = self._total(benchmark), self._sampled(files, benchmark)
         began = printed = time.perf_counter()
@@ -138,6 +155,8 @@ class Evaluator:
             if distributed.is_first():
                 files.append(rows)
             done += len(rows)
+            if done < total and stop_asked():
+                return False
             now = time.perf_counter()
             if done < total and now - printed > _PROGRESS_SECONDS:
                 printed = now
@@ -147,6 +166,7 @@ class Evaluator:
                     f"{seconds(left)} left",
                     flush=True,
                 )
+        return True
 
     def _describe(self, system: System, benchmark: Benchmark) -> dict[str, Any]:
         """All that the responses depend on, and what measuring them without a model needs."""

@@ -117,6 +117,8 @@ def decode_mesh(config: Qwen3Config, mesh: Mesh, width: int) -> Mesh:
       InputError: the model cannot be split so.
     """
 
+    qwen3.shardings(config, mesh)  # what training's mesh cannot split, no part of it can
+
     def cut(width: int) -> Mesh:
         made = sharding.make_decode_mesh(mesh, width, config.num_key_value_heads)
         qwen3.shardings(config, made, sharding.DECODE_RULES)  # refuses what does not divide
@@ -415,7 +417,9 @@ class Sampler:
         waves = []
         for start in range(0, len(prompts), wave):
             rows = slice(start, start + wave)
-            request = self._request(prompts[rows], width, keys_B[rows], sampling)
+            with jax.transfer_guard_host_to_device("allow"):  # of the slice's bounds
+                keys = keys_B[rows]
+            request = self._request(prompts[rows], width, keys, sampling)
             waves.append(generate(params, self.model, request, **self._static))
         return waves[0] if len(waves) == 1 else _joined(waves)
 

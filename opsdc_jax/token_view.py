@@ -21,6 +21,7 @@ from opsdc_jax.models import qwen3
 from opsdc_jax.models.qwen3 import Params, Qwen3Config
 from opsdc_jax.rollout import Array, DistillBatch, Rollout, pair
 
+CHUNK = 64  # positions whose logits exist at a time: few, as these heads are not split over V
 CHOICES = 5  # most likely tokens kept of either side: what fits beside a token on a screen
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to
@@ -54,7 +55,7 @@ Compare = Callable[[Params, Params, DistillBatch], TokenViews]
 
 
 def make_compare(
-    model: Qwen3Config, *, chunk_tokens: int, vocab_size: int, shardings: Params
+    model: Qwen3Config, *, vocab_size: int, shardings: Params, chunk: int = CHUNK
 ) -> Compare:
     """Builds the jitted comparison: (student, teacher, batch) -> `TokenViews`, whole everywhere.
 
@@ -62,9 +63,9 @@ def make_compare(
     row's length hold values that mean nothing.
 
     Args:
-      chunk_tokens: response positions whose logits exist at a time.
       vocab_size: the tokenizer's entries.
       shardings: tree of the parameters' shardings.
+      chunk: response positions whose logits exist at a time.
     """
 
     mesh = jax.tree.leaves(shardings)[0].mesh
@@ -86,7 +87,7 @@ def make_compare(
         heads = qwen3.unembedding(student), qwen3.unembedding(teacher)
         views = jax.lax.map(
             lambda part: _compare_chunk(part, heads, vocab_size),
-            _in_chunks(inputs, chunk_tokens),
+            _in_chunks(inputs, chunk),
         )
 
         def unchunk(leaf: jax.Array) -> jax.Array:

@@ -2,13 +2,21 @@
 
 import json
 import pathlib
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from opsdc_jax.config import InputError, differing_keys, flatten
+from opsdc_jax.config import InputError, default_config, differing_keys, flatten
 from opsdc_jax.files import read_json, write_json
 from opsdc_jax.results import SUMMARY
+
+# Keys in which a run that continues may differ: where and in which portions it computes, and what
+# it logs. Results stay the same, but for roundings.
+_FREE = re.compile(
+    r"(mesh|log|checkpoint)\.|(train\.micro_batch_size|eval\.batch_size|sampler\.slots"
+    r"|optim\.offload|loss\.chunk_tokens|model\.remat|model\.attention)$"
+)
 
 
 class Workdir:
@@ -80,12 +88,28 @@ class Workdir:
 
     def _refuse_other_run(self) -> None:
         theirs = flatten(ConfigDict(read_json(self._stored)))
-        changed = differing_keys(flatten(ConfigDict(self._config)), theirs)
+        ours = flatten(ConfigDict(self._config))
+        changed = differing_keys(
+            *({k: v for k, v in c.items() if not _FREE.match(k)} for c in (ours, theirs))
+        )
         if changed:
             raise InputError(
                 f"{self.path} holds a run of another configuration ({'; '.join(changed)}): "
                 f"choose another --workdir, or the run's own settings to continue it"
             )
+
+
+def read_config(path: pathlib.Path) -> ConfigDict:
+    """The configuration of the run in a folder.
+
+    Raises:
+      InputError: the folder holds none, or something else.
+    """
+    stored = read_json(path / "config.json")
+    missing = [name for name in default_config() if not isinstance(stored.get(name), dict | int)]
+    if missing:
+        raise InputError(f"{path / 'config.json'} is no run's configuration: it lacks {missing[0]}")
+    return ConfigDict(stored)
 
 
 def is_finished(path: str | pathlib.Path) -> bool:

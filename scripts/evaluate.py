@@ -198,6 +198,11 @@ def make_evaluator(
         for example in benchmark.examples
         for side in (prompts.student, prompts.teacher)
     )
+    if longest > settings.sampler.max_prompt_tokens:
+        raise InputError(
+            f"--max_prompt_tokens={settings.sampler.max_prompt_tokens} cannot hold a prompt of "
+            f"{longest} tokens of {model.path}: raise it to at least {longest}"
+        )
     if longest > room:
         raise InputError(
             f"--budget={budget} is too much: with a prompt of {longest} tokens it exceeds the "

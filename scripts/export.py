@@ -15,13 +15,12 @@ from collections.abc import Iterator, Sequence
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict
 
 from opsdc_jax import cli
 from opsdc_jax.checkpoint import Checkpointer
 from opsdc_jax.config import DTYPES, InputError
-from opsdc_jax.files import read_json
 from opsdc_jax.models import hf, qwen3
+from opsdc_jax.workdir import read_config
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,16 +39,17 @@ def main(argv: Sequence[str]) -> int:
     if out.exists():
         raise InputError(f"--out={out} exists already: choose another folder or remove it")
 
-    settings = ConfigDict(read_json(run / "config.json"))
+    settings = read_config(run)
+    if not (run / "checkpoints").is_dir():
+        raise InputError(f"{run} holds no checkpoints: give the workdir of a run")
     base = hf.resolve_folder(settings.model.path)
     model, tokenizer = hf.load_config(base), hf.load_tokenizer(base)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    # On the host: a model that trained on many devices need not fit into one of them.
+    device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         qwen3.abstract_params(model),
     )
-    if not (run / "checkpoints").is_dir():
-        raise InputError(f"{run} holds no checkpoints: give the workdir of a run")
     with Checkpointer(run / "checkpoints", settings.checkpoint.keep) as checkpoints:
         step = checkpoints.latest_step()
         if step is None:

@@ -33,7 +33,7 @@ _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 def main(argv: Sequence[str]) -> int:
     """Parses, plans or searches, prints."""
-    if "--table" in argv:
+    if "--table" in argv or "--table=true" in argv:
         return table(argv)
     values = cli.config_flag_values(argv)
     define = {"flag_values": values}
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         set_mesh(args.config, args.mesh)
     if args.search:
         families = args.topology.split(",") if args.topology else _FAMILIES
-        return max(find(args.config, family, args.json) for family in families)
+        return min([find(args.config, family, args.json) for family in families])
     if not args.topology:
         raise config.InputError("--topology is required, for instance --topology v5e:4x4")
     made = plan.make_plan(args.config, topology.parse(args.topology))

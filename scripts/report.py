@@ -26,7 +26,10 @@ def main(argv: Sequence[str]) -> int:
     args = cli.parse(values, argv)
     if not args.workdir:
         raise InputError("--workdir DIR is required")
-    page = report.write(pathlib.Path(args.workdir))
+    try:
+        page = report.write(pathlib.Path(args.workdir))
+    except OSError as error:
+        raise InputError(f"{args.workdir} cannot be written: {error.strerror}") from None
     print(f"wrote {page} ({page.stat().st_size / 1000:,.0f} kB)")
     return cli.EXIT_DONE
 

@@ -58,10 +58,12 @@ def main(argv: Sequence[str]) -> int:
     room = config.max_position_embeddings - longest
     if args.max_tokens > room:
         raise InputError(f"--max_tokens={args.max_tokens} exceeds the {room} positions left")
-    mesh = sharding.make_mesh({"replica": 1, "fsdp": 1, "tensor": -1})
+    mesh = sharding.make_mesh({"replica": 1, "fsdp": -1, "tensor": 1})
+    decoding = decode_mesh(config, mesh, -1)
+    sharding.check_divides(decoding, "the number of prompts", len(sides))
     sampler = Sampler(
         model=config,
-        mesh=decode_mesh(config, mesh, -1),
+        mesh=decoding,
         prompt_buckets=(longest,),
         response_width=args.max_tokens or min(MAX_TOKENS, room),
         vocab_size=len(tokenizer),
@@ -110,6 +112,8 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     for name in ("model", "prompt"):
         if not getattr(args, name):
             raise InputError(f"--{name} is required")
+    if not args.top_p:
+        raise InputError("--top_p=0 keeps no token: give a number above 0, at most 1")
     return args
 
 

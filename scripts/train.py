@@ -94,18 +94,15 @@ def main(argv: Sequence[str]) -> int:
     workdir = Workdir(beside_finished(path) if args.new_if_finished else path, args.config)
     if not is_finished(workdir.path):
         parts = prepare(args.config)
-        distributed.wait_for_all("inputs are checked")
-        if distributed.is_first():
-            workdir.create()
+        distributed.first_does(workdir.create)
         cli.use_compilation_cache()
         describe(args.config, parts, workdir)
         if not train(args.config, parts, workdir):
             return cli.EXIT_STOPPED
-    if not distributed.is_first():
-        return cli.EXIT_DONE
-    summary = read_json(workdir.summary)
-    print(f"\n{report.tables(summary)}")
-    print(f"\n{report.write(workdir.path)}\neverything is in {workdir.path}")
+    if distributed.is_first():
+        print(f"\n{report.tables(read_json(workdir.summary))}")
+        print(f"\n{report.write(workdir.path)}\neverything is in {workdir.path}")
+    distributed.wait_for_all("the report is written")
     return cli.EXIT_DONE
 
 
@@ -145,7 +142,8 @@ def prepare(settings: ConfigDict) -> Parts:
         sampler, response_width=settings.eval.max_response_tokens, slots=0
     )
     examples = [example for benchmark in benchmarks for example in benchmark.examples]
-    check_budgets(prompts, [*examples, *source.train(1, 256)], sampler, eval_sampler)
+    training = source.train(1, 256)
+    check_budgets(prompts, [*examples, *training], sampler, eval_sampler, bool(benchmarks))
     files = weights.check_files(folder, model)
     return Parts(
         mesh=mesh,
@@ -183,7 +181,11 @@ def open_data(settings: ConfigDict, prompts: Prompts) -> tuple[data.Source, list
 
 
 def check_budgets(
-    prompts: Prompts, examples: Sequence[Example], sampler: Sampler, eval_sampler: Sampler
+    prompts: Prompts,
+    examples: Sequence[Example],
+    sampler: Sampler,
+    eval_sampler: Sampler,
+    evaluated: bool,
 ) -> None:
     """Refuses budgets that cannot hold the prompts, or that the model was not made for."""
     sides = (prompts.student, prompts.teacher)
@@ -195,7 +197,8 @@ def check_budgets(
             f"tokens: raise it to at least {longest}"
         )
     limit = sampler.model.max_position_embeddings
-    for key, user in (("sampler", sampler), ("eval", eval_sampler)):
+    users = {"sampler": sampler} | ({"eval": eval_sampler} if evaluated else {})
+    for key, user in users.items():
         total = prompt_limit + user.response_width
         if total > limit:
             raise config.InputError(
@@ -269,91 +272,107 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> bool:
         workdir.eval,
     )
 
-    with checkpoint.Checkpointer(workdir.checkpoints, settings.checkpoint.keep) as checkpoints:
-        first_step = checkpoints.latest_step() or 0
+    with contextlib.ExitStack() as stack:
+        stop_asked = stack.enter_context(distributed.stop_requests())
+        checkpoints = stack.enter_context(
+            checkpoint.Checkpointer(workdir.checkpoints, settings.checkpoint.keep)
+        )
+        first_step = distributed.from_first(checkpoints.latest_step() or 0)
+        metrics_file = None
         if distributed.is_first():
             results.remove_later_students(workdir.eval, first_step)
+            mirrors = open_mirrors(workdir.path, settings, first_step)
+            metrics_file = stack.enter_context(MetricsFile(workdir.metrics, first_step, mirrors))
+        progress = Progress(metrics_file, last_step)
+
         if first_step:
             state = checkpoints.restore(first_step, like=jitted.like)
             print(f"continuing after step {first_step}")
-            if due(first_step, settings.eval.every, last_step):  # it may have died before that
-                evaluator.run(student(settings, first_step), state.student)
+            again = due(first_step, settings.eval.every, last_step)  # it may have died before that
+            systems = [student(settings, first_step)] if again else []
         else:
             state = jitted.init(
                 weights.load_params(parts.folder, parts.model, shardings=parts.shardings)
             )
-            for name, concise in ((results.BASE, False), (results.CONCISE, True)):
-                base = System(name, settings.model.path, parts.weights, concise)
-                evaluator.run(base, state.student)
+            systems = [
+                System(name, settings.model.path, parts.weights, concise)
+                for name, concise in ((results.BASE, False), (results.CONCISE, True))
+            ]
+        for system in systems:
+            if not evaluator.run(system, state.student, stop_asked):
+                return stopped(first_step)
 
-        with contextlib.ExitStack() as stack:
-            stop_asked = stack.enter_context(distributed.stop_requests())
-            metrics_file = None
-            if distributed.is_first():
-                mirrors = open_mirrors(workdir.path, settings, first_step)
-                metrics_file = stack.enter_context(
-                    MetricsFile(workdir.metrics, first_step, mirrors)
-                )
-            progress = Progress(metrics_file, last_step)
-            for step in range(first_step + 1, last_step + 1):
-                if stop_asked():
-                    progress.print_pending()
-                    checkpoints.save(state, step - 1)
-                    print(f"stopped after step {step - 1}: the same command continues")
-                    return False
-                with sharding.explicit_transfers():
-                    examples = parts.source.train(step, batch_size)
-                    student_prompts = [parts.prompts.student(e.problem) for e in examples]
-                    teacher_prompts = [parts.prompts.teacher(e.problem) for e in examples]
-                    keys = sequence_keys(settings.seed, TRAIN_STREAM, step, np.arange(batch_size))
-                    sampled = parts.sampler(state.student, student_prompts, keys, sampling)
-                    progress.print_pending()  # the last step's, while this step's rollout runs
-                    sampled = jax.device_get(sampled)
-                    if step == 1 or due(step, settings.log.samples_every, last_step):
-                        # Before the update: by the very student that sampled, and its teacher.
-                        views = viewer(
-                            state.student,
-                            state.teacher,
-                            sampled,
-                            student_prompts,
-                            teacher_prompts,
-                            settings.log.token_views,
-                        )
-                        if distributed.is_first():
-                            write_samples(workdir, step, examples, sampled, views, parts, settings)
-
-                    micro_batches = rollout.micro_batches(
+        progress.restart_clock()
+        for step in range(first_step + 1, last_step + 1):
+            if stop_asked():
+                progress.print_pending()
+                checkpoints.save(state, step - 1)
+                return stopped(step - 1)
+            with sharding.explicit_transfers():
+                examples = parts.source.train(step, batch_size)
+                student_prompts = [parts.prompts.student(e.problem) for e in examples]
+                teacher_prompts = [parts.prompts.teacher(e.problem) for e in examples]
+                keys = sequence_keys(settings.seed, TRAIN_STREAM, step, np.arange(batch_size))
+                sampled = parts.sampler(state.student, student_prompts, keys, sampling)
+                progress.print_pending()  # the last step's metrics, while this step's rollout runs
+                sampled = jax.device_get(sampled)
+                if step == 1 or due(step, settings.log.samples_every, last_step):
+                    # Before the update: by the very student that sampled, and its teacher.
+                    views = viewer(
+                        state.student,
+                        state.teacher,
                         sampled,
                         student_prompts,
                         teacher_prompts,
-                        micro_batch_size=settings.train.micro_batch_size,
-                        longest=longest,
-                        pad_id=parts.tokenizer.pad_token_id,
+                        settings.log.token_views,
                     )
-                    accumulator = jitted.zeros(state.student)
-                    for batch in micro_batches:
-                        accumulator = jitted.accumulate(
-                            state.student, state.teacher, accumulator, sharding.place(batch, rows)
-                        )
-                    state, metrics = jitted.apply(state, accumulator)
-                    del accumulator  # a gradient's memory, through the next rollout
-                    if distill.refresh_due(step, settings.teacher.every):
-                        teacher = jitted.refresh(state.student, state.teacher)
-                        state = dataclasses.replace(state, teacher=teacher)
+                    if distributed.is_first():
+                        write_samples(workdir, step, examples, sampled, views, parts, settings)
 
-                metrics["padding_efficiency"] = rollout.padding_efficiency(micro_batches)
-                progress.add(step, metrics, sampled, compilations.count)
-                if due(step, settings.checkpoint.every_steps, last_step):
-                    progress.print_pending()  # a saved step must not miss in metrics.jsonl
-                    checkpoints.save(state, step)
-                if due(step, settings.eval.every, last_step):
-                    progress.print_pending()
-                    evaluator.run(student(settings, step), state.student)
-                    progress.restart_clock()
+                micro_batches = rollout.micro_batches(
+                    sampled,
+                    student_prompts,
+                    teacher_prompts,
+                    micro_batch_size=settings.train.micro_batch_size,
+                    longest=longest,
+                    pad_id=parts.tokenizer.pad_token_id,
+                )
+                batches = (sharding.place(batch, rows) for batch in micro_batches)
+                if len(micro_batches) == 1:
+                    accumulator = jitted.single(state.student, state.teacher, *batches)
+                else:
+                    accumulator = jitted.zeros(state.student)
+                    for batch in batches:
+                        accumulator = jitted.accumulate(
+                            state.student, state.teacher, accumulator, batch
+                        )
+                state, metrics = jitted.apply(state, accumulator)
+                del accumulator  # a gradient's memory, through the next rollout
+                if distill.refresh_due(step, settings.teacher.every):
+                    teacher = jitted.refresh(state.student, state.teacher)
+                    state = dataclasses.replace(state, teacher=teacher)
+
+            metrics["padding_efficiency"] = rollout.padding_efficiency(micro_batches)
+            progress.add(step, metrics, sampled, compilations.count)
+            evaluation_due = due(step, settings.eval.every, last_step)
+            # Also before an evaluation: it may take longer than a machine is granted.
+            if evaluation_due or due(step, settings.checkpoint.every_steps, last_step):
+                progress.print_pending()  # a saved step must not miss in metrics.jsonl
+                checkpoints.save(state, step)
+            if evaluation_due:
+                if not evaluator.run(student(settings, step), state.student, stop_asked):
+                    return stopped(step)
+                progress.restart_clock()
     print(compilations)
     if distributed.is_first():
         write_json(workdir.summary, summarise(workdir.eval))  # marks the run as finished
     return True
+
+
+def stopped(step: int) -> bool:
+    """What a run that was asked to stop says, and returns."""
+    print(f"stopped after step {step}: the same command continues")
+    return False
 
 
 def student(settings: ConfigDict, step: int) -> System:
@@ -371,7 +390,6 @@ def token_viewer(settings: ConfigDict, parts: Parts) -> TokenViewer:
     return TokenViewer(
         compare=token_view.make_compare(
             parts.model,
-            chunk_tokens=settings.loss.chunk_tokens,
             vocab_size=len(parts.tokenizer),
             shardings=parts.shardings,
         ),

@@ -193,10 +193,10 @@ def test_a_run_killed_in_its_last_evaluation_is_evaluated_when_it_continues(
     class KilledError(Exception):
         pass
 
-    def killed_at_the_end(self, system, params, run=train.Evaluator.run):
+    def killed_at_the_end(self, system, params, stop_asked, run=train.Evaluator.run):
         if system.name == "student-000004":
             raise KilledError
-        run(self, system, params)
+        return run(self, system, params, stop_asked)
 
     workdir = tmp_path / "run"
     monkeypatch.setattr(train.Evaluator, "run", killed_at_the_end)

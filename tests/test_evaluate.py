@@ -164,6 +164,19 @@ def test_nothing_is_sampled_or_graded_twice(evaluator):
     assert contents(evaluator.folder) == before
 
 
+def test_asked_to_stop_it_ends_after_a_batch_and_goes_on_later(evaluator):
+    assert not evaluator.run(BASE, {}, lambda: True)
+    files = SystemFiles(evaluator.folder / "small", "base")
+    assert len(list(files.rows())) == 4
+    assert not files.grades.exists()
+    assert evaluator.run(BASE, {})
+    stopped_once = contents(evaluator.folder)
+    for path in evaluator.folder.rglob("*.*"):
+        path.unlink()
+    assert evaluator.run(BASE, {})
+    assert contents(evaluator.folder) == stopped_once
+
+
 def test_every_cut_of_the_file_ends_in_the_same_bytes(evaluator):
     evaluator.run(BASE, {})
     expected = contents(evaluator.folder)

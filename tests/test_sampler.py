@@ -14,6 +14,7 @@ import scipy.stats
 from hf_reference import NEW_TOKENS, PAD_ID, PROMPT_WIDTH
 
 from opsdc_jax import distill, rollout, sampler, sharding
+from opsdc_jax.config import InputError
 from opsdc_jax.models import qwen3
 from opsdc_jax.sampler import Request, SamplingParams, generate, keep_top
 
@@ -141,10 +142,19 @@ def test_a_response_depends_on_neither_neighbours_nor_place_nor_batch_size():
 
 def test_waves_of_slots_give_what_the_whole_batch_gives():
     model = hf_reference.load("untied")
-    rollout = dataclasses.replace(host_sampler(model), slots=4)(
-        model.params, model.inputs.prompts, training_keys(np.arange(ROWS)), SamplingParams()
-    )
+    keys = training_keys(np.arange(ROWS))
+    in_waves = dataclasses.replace(host_sampler(model), slots=4)
+    with sharding.explicit_transfers():  # as in the loop
+        rollout = in_waves(
+            jax.device_put(model.params), model.inputs.prompts, keys, SamplingParams()
+        )
     assert_same(jax.device_get(rollout), sampled("untied"))
+
+
+def test_a_mesh_that_cannot_hold_the_heads_is_refused_for_decoding_too():
+    mesh = jax.sharding.AbstractMesh((1, 1, 4), sharding.MESH_AXES)
+    with pytest.raises(InputError, match=r"'kv_heads' of size 2 cannot be split.*sizes that work"):
+        sampler.decode_mesh(hf_reference.load("tied").config, mesh, -1)
 
 
 def test_different_seeds_and_examples_give_different_responses():

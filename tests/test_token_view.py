@@ -51,7 +51,7 @@ class Numbers:
 @functools.cache
 def comparison(chunk):
     return token_view.make_compare(
-        SMALL, chunk_tokens=chunk, vocab_size=ENTRIES, shardings=qwen3.shardings(SMALL, MESH)
+        SMALL, chunk=chunk, vocab_size=ENTRIES, shardings=qwen3.shardings(SMALL, MESH)
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from opsdc_jax.config import InputError, default_config
 from opsdc_jax.files import write_json
-from opsdc_jax.workdir import Workdir, beside_finished, is_finished
+from opsdc_jax.workdir import Workdir, beside_finished, is_finished, read_config
 
 
 def opened(path, **changes):
@@ -32,6 +32,20 @@ def test_another_configuration_is_refused_and_named(tmp_path):
     opened(tmp_path / "run").create()
     with pytest.raises(InputError, match=r"optim.lr: 1e-06 -> 0.5; seed: 0 -> 7"):
         opened(tmp_path / "run", **{"optim.lr": 0.5, "seed": 7})
+
+
+def test_a_run_may_go_on_in_another_layout(tmp_path):
+    opened(tmp_path / "run").create()
+    opened(tmp_path / "run", **{"mesh.tensor": 4, "train.micro_batch_size": 1, "log.samples": 1})
+    with pytest.raises(InputError, match=r"train.batch_size: 32 -> 16"):
+        opened(tmp_path / "run", **{"train.batch_size": 16, "mesh.tensor": 4})
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model": {}}', '{"seed": 0, "model": "x"}'])
+def test_what_is_no_configuration_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match="is no run's configuration: it lacks"):
+        read_config(tmp_path)
 
 
 def test_a_folder_of_something_else_is_refused_and_kept(tmp_path):

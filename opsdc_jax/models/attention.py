@@ -78,10 +78,12 @@ def choose(
     all other devices, it is "blockwise" from `BLOCKWISE_FROM` positions on and "dense" below.
     """
     T, K = shape[2:]
-    fits_cudnn = jnp.dtype(dtype).itemsize == 2 and K % 8 == 0 and K <= 128 and not has_mask
+    nvidia = "nvidia" in device.device_kind.lower()
+    fits_cudnn = nvidia and jnp.dtype(dtype).itemsize == 2 and K % 8 == 0 and K <= 128
+    fits_cudnn = fits_cudnn and not has_mask
     if implementation == "auto" and device.platform == "tpu":
         return "splash"
-    if implementation == "auto" and "nvidia" in device.device_kind.lower() and fits_cudnn:
+    if implementation == "auto" and fits_cudnn:
         return "cudnn"
     if implementation == "auto" or (implementation == "cudnn" and not fits_cudnn):
         return "blockwise" if T >= BLOCKWISE_FROM else "dense"

@@ -162,7 +162,9 @@ def adapted(settings: ConfigDict, model: Qwen3Config, sizes: Mapping[str, int]) 
 def make_plan(
     settings: ConfigDict, topology: Topology, *, assumed: Sequence[str] = (), early: bool = False
 ) -> Plan:
-    """Compiles every program of the run for the topology and adds up.
+    """Compiles the programs of the run for the topology and adds up.
+
+    But one: the token views (log.token_views) take less than a micro-batch, see token_view.py.
 
     Args:
       settings: a validated configuration; not changed.

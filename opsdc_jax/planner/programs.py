@@ -4,7 +4,7 @@
 
 compiles one program and leaves in FOLDER what it found: traced.json (operation counts), the
 compiler's own dump (memory report, optimised HLO), and error.txt where the compiler refused. The
-parent (planner.compile) reads what it needs and ends this process: code generation, which takes
+parent (planner.verdicts) reads what it needs and ends this process: code generation, which takes
 most of a compilation, decides nothing about memory.
 
 A spec is a dictionary of plain values: see `make_spec`.
@@ -52,7 +52,6 @@ KEYS: Mapping[str, tuple[str, ...]] = {
         "sampler.max_prompt_tokens",
         "eval.max_response_tokens",
         "eval.batch_size",
-        "sampler.slots",
         "mesh.decode_tensor",
     ),
 }
@@ -117,7 +116,7 @@ def train_step(spec: Mapping[str, Any], mesh: Any) -> distill.TrainStep:
 
 
 def build(name: str, spec: Mapping[str, Any], mesh: Mesh) -> Program:
-    """A program of `NAMES` with the arguments it gets in the run, at their largest."""
+    """A program of `KEYS` with the arguments it gets in the run, at their largest."""
     settings, step = spec["settings"], train_step(spec, mesh)
     like = step.like
     if name in ("rollout", "evaluate"):
@@ -146,7 +145,9 @@ def values(settings: ConfigDict) -> dict[str, Any]:
 
 def rows(name: str, settings: Mapping[str, Any]) -> int:
     """Rows that one generate call samples, in "rollout" or "evaluate"."""
-    batch = settings["train.batch_size" if name == "rollout" else "eval.batch_size"]
+    if name == "evaluate":  # never in waves
+        return settings["eval.batch_size"]
+    batch = settings["train.batch_size"]
     return min(settings["sampler.slots"] or batch, batch)
 
 
