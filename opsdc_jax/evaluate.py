@@ -23,7 +23,8 @@ from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.progress import seconds
 from opsdc_jax.prompts import Prompts
 from opsdc_jax.results import SystemFiles
-from opsdc_jax.sampler import EVAL_STREAM, Sampler, SamplingParams, sequence_keys
+from opsdc_jax.sampler import Sampler
+from opsdc_jax.sampling import EVAL_STREAM, SamplingParams, sequence_keys
 
 _PROGRESS_SECONDS = 30  # between two lines of progress
 

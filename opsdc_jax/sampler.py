@@ -20,28 +20,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from opsdc_jax import sharding
 from opsdc_jax.config import InputError
-from opsdc_jax.models import qwen3
+from opsdc_jax.models import decode, qwen3
 from opsdc_jax.models.qwen3 import KVCache, Params, Qwen3Config
 from opsdc_jax.rollout import Rollout, fitting, left_pad
-
-# Separate uses of one seed.
-TRAIN_STREAM, EVAL_STREAM = 0, 1
-
-
-class SamplingParams(NamedTuple):
-    """Traced sampling parameters: changing one compiles nothing.
-
-    Attributes:
-      temperature: divides the logits; 0 is greedy decoding.
-      top_p: keeps the smallest set of tokens with at least this probability; 1 keeps all.
-      top_k: keeps the k most likely tokens; 0 keeps all.
-      max_tokens: budget of the response, at most the static response width.
-    """
-
-    temperature: float | jax.Array = 1.0
-    top_p: float | jax.Array = 1.0
-    top_k: int | jax.Array = 0
-    max_tokens: int | jax.Array = 2**30
+from opsdc_jax.sampling import SamplingParams, draw
 
 
 class _Decode(NamedTuple):
@@ -54,31 +36,6 @@ class _Decode(NamedTuple):
     tokens_BxR: jax.Array
     logprobs_BxR: jax.Array
     caches: list[KVCache]
-
-
-def sequence_keys(
-    seed: int, stream: int, step: int | np.ndarray, examples: np.ndarray
-) -> jax.Array:
-    """One key per sequence, [B], a pure function of (seed, stream, step, example).
-
-    Args:
-      stream: `TRAIN_STREAM` or `EVAL_STREAM`.
-      step: of training; of an evaluation the numbers of the samples, [B].
-      examples: [B] integers naming the sequences, whatever their place in the batch.
-    """
-    steps = np.broadcast_to(step, examples.shape)
-    return _sequence_keys(*jax.device_put((seed, stream, steps, examples)))
-
-
-@jax.jit
-def _sequence_keys(
-    seed: jax.Array, stream: jax.Array, steps_B: jax.Array, examples_B: jax.Array
-) -> jax.Array:
-    def sequence_key(step: jax.Array, example: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(key, step), example)
-
-    key = jax.random.fold_in(jax.random.key(seed), stream)
-    return jax.vmap(sequence_key)(steps_B, examples_B)
 
 
 class Request(NamedTuple):
@@ -296,14 +253,14 @@ def _decode(
     limit = jnp.minimum(jnp.minimum(request.sampling.max_tokens, R), until)
     # Cast and unstacked once a call, not once a token.
     head_VxD = qwen3.unembedding(params).astype(config.compute_dtype)
-    layers = qwen3.unstack_layers(params, config)
+    layers = decode.unstack_layers(params, config)
 
     def unfinished(state: _Decode) -> jax.Array:
         return (state.step < limit) & ~jnp.all(state.done_B)
 
     def body(state: _Decode) -> _Decode:
         slot = P + state.step - 1  # of the newest token, whose successor is drawn here
-        hidden_BxD, caches = qwen3.decode_step(
+        hidden_BxD, caches = decode.decode_step(
             params,
             layers,
             config,
@@ -327,7 +284,7 @@ def _append(
 ) -> _Decode:
     """Draws the next token of the rows that are still running."""
     logits_BxV = qwen3.logits(hidden_BxD, head_VxD, vocab_size)
-    drawn_B = _draw(logits_BxV, request.keys_B, state.step, request.sampling)
+    drawn_B = draw(logits_BxV, request.keys_B, state.step, request.sampling)
     logprobs_BxV = jax.nn.log_softmax(logits_BxV, axis=-1)
     logprob_B = jnp.take_along_axis(logprobs_BxV, drawn_B[:, None], axis=-1)[:, 0]
     running_B = ~state.done_B
@@ -342,40 +299,6 @@ def _append(
         tokens_BxR=jax.lax.dynamic_update_slice(state.tokens_BxR, token_B[:, None], column),
         logprobs_BxR=jax.lax.dynamic_update_slice(state.logprobs_BxR, logprob_B[:, None], column),
     )
-
-
-def _draw(
-    logits_BxV: jax.Array, keys_B: jax.Array, step: jax.Array, sampling: SamplingParams
-) -> jax.Array:
-    """One token id per row."""
-    temperature = jnp.asarray(sampling.temperature, jnp.float32)
-    scaled = logits_BxV / jnp.where(temperature > 0, temperature, 1.0)
-    filtering = (jnp.asarray(sampling.top_p) < 1) | (jnp.asarray(sampling.top_k) > 0)
-    scaled = jax.lax.cond(
-        filtering, lambda x: keep_top(x, sampling.top_k, sampling.top_p), lambda x: x, scaled
-    )
-    token_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, step)
-    drawn = jax.vmap(jax.random.categorical)(token_keys, scaled)
-    greedy = jnp.argmax(logits_BxV, axis=-1)
-    return jnp.where(temperature > 0, drawn, greedy).astype(jnp.int32)
-
-
-def keep_top(logits_BxV: jax.Array, top_k: int | jax.Array, top_p: float | jax.Array) -> jax.Array:
-    """Sends the logits outside top-k, then outside top-p of what is left, to -inf.
-
-    The most likely token always stays; tokens that tie with the last kept one stay too.
-    """
-    V = logits_BxV.shape[-1]
-    descending = -jnp.sort(-logits_BxV, axis=-1)
-    top_k = jnp.asarray(top_k)
-    rank = jnp.arange(V)
-    in_top_k = rank < jnp.where(top_k > 0, top_k, V)
-    probs = jax.nn.softmax(jnp.where(in_top_k, descending, -jnp.inf), axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs
-    # In float32 the sum before a last small probability can round to 1.
-    kept = in_top_k & ((before < top_p) | (rank == 0) | (jnp.asarray(top_p) >= 1))
-    threshold = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits_BxV >= threshold, logits_BxV, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from opsdc_jax import cli, config, distill, rollout, sampler, sharding
+from opsdc_jax import cli, config, distill, rollout, sampler, sampling, sharding
 from opsdc_jax.models import qwen3
 from opsdc_jax.models.qwen3 import Qwen3Config
 from opsdc_jax.models.shapes import SHAPES
@@ -228,10 +228,10 @@ def inputs(work: Work, mesh: Any) -> tuple[sampler.Request, list[rollout.Distill
         lengths_B=np.full(B, work.response, np.int32),
         logprobs_BxR=np.zeros((B, work.response), np.float32),
     )
-    keys = sampler.sequence_keys(0, sampler.TRAIN_STREAM, 0, np.arange(B))
+    keys = sampling.sequence_keys(0, sampling.TRAIN_STREAM, 0, np.arange(B))
     request = sampler.Request(
         *jax.device_put((prompts, lengths, keys), decoding),
-        sampling=sampler.SamplingParams(1.0, 1.0, 0, work.response),
+        sampling=sampling.SamplingParams(1.0, 1.0, 0, work.response),
         stop_ids=np.array([V], np.int32),  # no token: every response uses its budget
         pad_id=0,
     )

@@ -25,7 +25,8 @@ from opsdc_jax.config import InputError
 from opsdc_jax.models.qwen3 import Params, Qwen3Config
 from opsdc_jax.progress import seconds
 from opsdc_jax.prompts import Prompts
-from opsdc_jax.sampler import Sampler, SamplingParams, decode_mesh
+from opsdc_jax.sampler import Sampler, decode_mesh
+from opsdc_jax.sampling import SamplingParams
 from opsdc_jax.statistics import HEADLINE
 from opsdc_jax.tiny import pretrain, task, tokenizer
 

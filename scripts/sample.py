@@ -27,7 +27,8 @@ from opsdc_jax.config import DTYPES, InputError
 from opsdc_jax.models import hf, qwen3, weights
 from opsdc_jax.prompts import TEMPLATES, Prompts
 from opsdc_jax.rollout import Rollout
-from opsdc_jax.sampler import EVAL_STREAM, Sampler, SamplingParams, decode_mesh, sequence_keys
+from opsdc_jax.sampler import Sampler, decode_mesh
+from opsdc_jax.sampling import EVAL_STREAM, SamplingParams, sequence_keys
 
 SEGMENT = 16  # tokens between two looks at the responses
 MAX_TOKENS = 4096  # budget of a response where none is given and the model has the positions

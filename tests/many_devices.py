@@ -99,8 +99,8 @@ def sampled(width: int) -> list[list[int]]:
     )
     params = jax.device_put(random_params(model, 1), qwen3.shardings(model, mesh))
     prompts = [[1 + row, *range(row % 5)] for row in range(ROWS)]
-    keys = sampler.sequence_keys(0, 0, 0, np.arange(ROWS))
-    return sampling(params, prompts, keys, sampler.SamplingParams(0.0)).tokens_BxR.tolist()
+    keys = sampling.sequence_keys(0, 0, 0, np.arange(ROWS))
+    return sampling(params, prompts, keys, sampling.SamplingParams(0.0)).tokens_BxR.tolist()
 
 
 def decode_program(text: str) -> dict[str, object]:

@@ -17,7 +17,7 @@ from test_vocabulary import ENTRIES, sampled_ids
 
 from opsdc_jax import rollout
 from opsdc_jax.config import DIVERGENCE_NAMES
-from opsdc_jax.sampler import SamplingParams
+from opsdc_jax.sampling import SamplingParams
 
 
 def logits(name: str) -> float:

@@ -14,7 +14,9 @@ from opsdc_jax.checkpoint import Checkpointer
 from opsdc_jax.files import read_json, read_json_lines
 from opsdc_jax.metrics import CompileCounter, read_metrics
 from opsdc_jax.models import hf, qwen3, weights
+from opsdc_jax.parts import prepare
 from opsdc_jax.rollout import Rollout
+from opsdc_jax.samples import SampleWriter
 from opsdc_jax.tiny import BASE_FOLDER
 
 train = load_script("train")
@@ -143,7 +145,7 @@ def test_the_kl_of_all_tokens_is_the_loss_of_their_step(finished):
 def test_a_checkpoint_gives_the_views_of_the_next_step_again(finished):
     """Step 3 is sampled by the student of step 2, which step 2 also made the teacher."""
     settings = ConfigDict(read_json(finished / "config.json"))
-    parts = train.prepare(settings)
+    parts = prepare(settings)
     like = jax.tree.map(
         lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
         qwen3.abstract_params(parts.model),
@@ -161,7 +163,7 @@ def test_a_checkpoint_gives_the_views_of_the_next_step_again(finished):
         logprobs_BxR=np.zeros((2, 24), np.float32),
     )
     problems = [sample["problem"] for sample in samples]
-    views = train.token_viewer(settings, parts)(
+    views = SampleWriter.of_run(settings, parts, finished / "samples").viewer(
         params,
         params,
         sampled,

@@ -20,7 +20,7 @@ from opsdc_jax.data import Example
 from opsdc_jax.evaluate import Evaluator, System
 from opsdc_jax.results import SystemFiles
 from opsdc_jax.rollout import Rollout
-from opsdc_jax.sampler import SamplingParams
+from opsdc_jax.sampling import SamplingParams
 
 STOP = 7
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from opsdc_jax.config import REMAT_POLICIES
-from opsdc_jax.models import attention, qwen3
+from opsdc_jax.models import attention, decode, qwen3
 from opsdc_jax.models.qwen3 import KVCache
 from opsdc_jax.models.rope import Yarn
 
@@ -104,8 +104,8 @@ def test_prefill_and_decode_equal_forward(name, prefilled, implementation):
     room = ((0, 0), (0, 0), (0, 0), (0, width - prefilled), (0, 0))
     keys, values = (np.pad(leaf, room, constant_values=7.0) for leaf in stacked)
     caches = [KVCache(*layer) for layer in zip(keys, values, strict=True)]
-    layers = qwen3.unstack_layers(jax.tree.map(np.asarray, model.params), config)
-    step = jax.jit(qwen3.decode_step, static_argnames="config")
+    layers = decode.unstack_layers(jax.tree.map(np.asarray, model.params), config)
+    step = jax.jit(decode.decode_step, static_argnames="config")
     columns = list(np.moveaxis(np.asarray(hidden), 1, 0))
     for slot in range(prefilled, width):
         visible = given.valid & (np.arange(width) <= slot)
@@ -233,9 +233,9 @@ def test_dtypes_are_cast_on_purpose_only():
         assert caches.keys.dtype == caches.values.dtype == jnp.bfloat16
         layer = KVCache(*(jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in caches))
         hidden, updated = jax.eval_shape(
-            lambda params, caches: qwen3.decode_step(
+            lambda params, caches: decode.decode_step(
                 params,
-                qwen3.unstack_layers(params, config),
+                decode.unstack_layers(params, config),
                 config,
                 given.tokens[:, 0],
                 given.positions[:, 0],

@@ -13,10 +13,11 @@ import pytest
 import scipy.stats
 from hf_reference import NEW_TOKENS, PAD_ID, PROMPT_WIDTH
 
-from opsdc_jax import distill, rollout, sampler, sharding
+from opsdc_jax import distill, rollout, sampler, sampling, sharding
 from opsdc_jax.config import InputError
-from opsdc_jax.models import qwen3
-from opsdc_jax.sampler import Request, SamplingParams, generate, keep_top
+from opsdc_jax.models import decode, qwen3
+from opsdc_jax.sampler import Request, generate
+from opsdc_jax.sampling import SamplingParams, keep_top
 
 NAMES = tuple(hf_reference.CASES)
 NEVER = (-1, -1)  # stop ids that no token has: two, so that nothing is compiled anew
@@ -40,7 +41,7 @@ def host_sampler(model, stop=NEVER, prompt_width=PROMPT_WIDTH):
 
 
 def training_keys(rows, seed=0):
-    return sampler.sequence_keys(seed, sampler.TRAIN_STREAM, 0, rows)
+    return sampling.sequence_keys(seed, sampling.TRAIN_STREAM, 0, rows)
 
 
 def sample(model, sampling=GREEDY, *, params=None, stop=NEVER, rows=None, seed=0):
@@ -168,20 +169,20 @@ def test_sequence_keys_are_a_pure_function_of_all_four_numbers():
     examples = np.array([0, 1, 2, 5, 2**20], np.int32)
 
     def keys(seed, stream, step, examples):
-        return jax.random.key_data(sampler.sequence_keys(seed, stream, step, examples))
+        return jax.random.key_data(sampling.sequence_keys(seed, stream, step, examples))
 
     every = np.concatenate(
         [
             keys(seed, stream, step, examples)
             for seed in (0, 1, 2)
-            for stream in (sampler.TRAIN_STREAM, sampler.EVAL_STREAM)
+            for stream in (sampling.TRAIN_STREAM, sampling.EVAL_STREAM)
             for step in (0, 1, 2, 100)
         ]
     )
     assert len(np.unique(every, axis=0)) == len(every) == 3 * 2 * 4 * 5
     np.testing.assert_array_equal(
-        keys(1, sampler.EVAL_STREAM, 2, examples[::-1].copy()),
-        keys(1, sampler.EVAL_STREAM, 2, examples)[::-1],
+        keys(1, sampling.EVAL_STREAM, 2, examples[::-1].copy()),
+        keys(1, sampling.EVAL_STREAM, 2, examples)[::-1],
     )
 
 
@@ -224,18 +225,18 @@ def test_decoding_ends_with_the_last_response(monkeypatch):
     """Counts the decode steps that run: one fewer than the longest response has tokens."""
     model = hf_reference.load("tied")
     steps = Counter()
-    decode_step = qwen3.decode_step
+    decode_step = decode.decode_step
 
     def counted(*args):
         jax.debug.callback(lambda: steps.update(["run"]))
         return decode_step(*args)
 
-    monkeypatch.setattr(qwen3, "decode_step", counted)
+    monkeypatch.setattr(decode, "decode_step", counted)
     prompts = model.inputs.prompts[:3]
     request = Request(
         rollout.left_pad(prompts, PROMPT_WIDTH, PAD_ID),
         np.array([len(prompt) for prompt in prompts], np.int32),
-        sampler.sequence_keys(0, 0, 0, np.arange(3)),
+        sampling.sequence_keys(0, 0, 0, np.arange(3)),
         SamplingParams(),
         stop_ids=np.arange(0, model.entries, 6, dtype=np.int32),
         pad_id=PAD_ID,
@@ -409,8 +410,8 @@ def test_changing_sampling_parameters_compiles_nothing():
     model = hf_reference.load("untied")
     sample(model, SamplingParams())
     compiled = generate._cache_size()
-    for sampling in (GREEDY, SamplingParams(0.6, 0.95, 20, 7), SamplingParams(1.5, 0.3, 0, 3)):
-        sample(model, sampling, stop=(3, 4), seed=5)
+    for params in (GREEDY, SamplingParams(0.6, 0.95, 20, 7), SamplingParams(1.5, 0.3, 0, 3)):
+        sample(model, params, stop=(3, 4), seed=5)
     assert generate._cache_size() == compiled
 
 

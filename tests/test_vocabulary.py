@@ -8,7 +8,8 @@ from helpers import SMALL
 
 from opsdc_jax import sharding
 from opsdc_jax.models import qwen3
-from opsdc_jax.sampler import EVAL_STREAM, Sampler, SamplingParams, decode_mesh, sequence_keys
+from opsdc_jax.sampler import Sampler, decode_mesh
+from opsdc_jax.sampling import EVAL_STREAM, SamplingParams, sequence_keys
 
 ROWS, ENTRIES = 151_936, 151_669
 WIDTH, RESPONSES = 16, 64  # tokens of a response; responses sampled at a time

@@ -235,7 +235,7 @@ class Qwen3(nnx.Module):
 
 
 @functools.lru_cache(maxsize=64)
-def _described(config: Qwen3Config) -> tuple[nnx.GraphDef, Any]:
+def described(config: Qwen3Config) -> tuple[nnx.GraphDef, Any]:
     """The static part of the model and its state with shapes in place of arrays."""
     return nnx.split(nnx.eval_shape(lambda: Qwen3(config, nnx.Rngs(0))))
 
@@ -247,7 +247,7 @@ def init_params(config: Qwen3Config, key: jax.Array) -> Params:
 
 def abstract_params(config: Qwen3Config) -> Params:
     """The tree of `init_params` as float32 `jax.ShapeDtypeStruct`s: nothing is allocated."""
-    return nnx.to_pure_dict(_described(config)[1])
+    return nnx.to_pure_dict(described(config)[1])
 
 
 def logical_axes(config: Qwen3Config) -> Params:
@@ -260,7 +260,7 @@ def logical_axes(config: Qwen3Config) -> Params:
     def is_variable(node: Any) -> bool:
         return isinstance(node, nnx.Variable)
 
-    state = _described(config)[1]
+    state = described(config)[1]
     return nnx.to_pure_dict(jax.tree.map_with_path(axes, state, is_leaf=is_variable))
 
 
@@ -336,55 +336,8 @@ def _run(
 ) -> tuple[jax.Array, KVCache | None]:
     if positions_BxT is None:
         positions_BxT = jnp.arange(tokens_BxT.shape[1], dtype=jnp.int32)[None, :]
-    model = nnx.merge(_described(config)[0], params)
+    model = nnx.merge(described(config)[0], params)
     return model(tokens_BxT, positions_BxT, attend, mesh, keep)
-
-
-def unstack_layers(params: Params, config: Qwen3Config) -> list[Params]:
-    """Each layer's parameters as leaves of their own, in compute dtype.
-
-    A decode step multiplies few rows by every weight: reading a layer out of the stack at each
-    token would copy it first.
-    """
-    dtype = jnp.dtype(config.compute_dtype)
-    return [
-        jax.tree.map(lambda leaf, i=i: leaf[i].astype(dtype), params["layers"])
-        for i in range(config.num_hidden_layers)
-    ]
-
-
-def decode_step(
-    params: Params,
-    layers: list[Params],
-    config: Qwen3Config,
-    token_B: jax.Array,
-    position_B: jax.Array,
-    caches: list[KVCache],
-    slot: jax.Array,
-    valid_BxS: jax.Array,
-) -> tuple[jax.Array, list[KVCache]]:
-    """One token of every sequence through all layers.
-
-    Args:
-      layers: `unstack_layers(params, config)`.
-      position_B: rotary position of the new token in each row.
-      caches: one `KVCache` of S slots per layer.
-      slot: index at which the new keys and values are written, the same for all rows.
-      valid_BxS: slots the new token may attend to, its own included.
-
-    Returns:
-      hidden states [B, D] after the final norm, and the updated caches.
-    """
-    model = nnx.merge(_described(config)[0], params)
-    layer_def, _ = nnx.split(model.layers)
-    rotary = model.rotary(position_B[:, None])
-    x = model.embed(token_B[:, None])
-    attend = functools.partial(attention.dense, visible_BxTxS=valid_BxS[:, None, :])
-    updated = []
-    for layer, cache in zip(layers, caches, strict=True):
-        x, cache = nnx.merge(layer_def, layer)(x, rotary, attend, cache, slot)
-        updated.append(cache)
-    return model.final_norm(x)[:, 0], updated
 
 
 def unembedding(params: Params) -> jax.Array:

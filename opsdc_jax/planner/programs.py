@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from opsdc_jax import distill, rollout, sampler, sharding
+from opsdc_jax import distill, rollout, sampler, sampling, sharding
 from opsdc_jax.config import get
 from opsdc_jax.models import qwen3
 from opsdc_jax.models.qwen3 import Qwen3Config
@@ -195,7 +195,7 @@ def _generate(
         prompts_BxP=_rows(mesh, jnp.int32, B, P),
         prompt_lengths_B=_rows(mesh, jnp.int32, B),
         keys_B=_rows(mesh, jax.eval_shape(lambda: jax.random.key(0)).dtype, B),
-        sampling=sampler.SamplingParams(),
+        sampling=sampling.SamplingParams(),
         stop_ids=np.zeros(2, np.int32),
         pad_id=0,
     )

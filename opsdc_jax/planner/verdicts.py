@@ -32,6 +32,7 @@ SOURCES = (
     "planner/roofline.py",
     "rollout.py",
     "sampler.py",
+    "sampling.py",
     "sharding.py",
 )
 _TOTAL = re.compile(r"Memory Space: default[^\n]*\nTotal bytes: (\d+)")
