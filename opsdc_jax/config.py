@@ -105,8 +105,10 @@ def default_config() -> ConfigDict:
     config.eval.top_k = 20  # paper
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.every_steps = 10  # 0 = only at the end
-    config.checkpoint.keep = 2  # newest checkpoints kept
+    config.checkpoint.every_steps = 10  # 0 = only at the end and before evaluations
+    config.checkpoint.every_minutes = 0.0  # also after so long without one; 0 = off
+    # Newest ones kept, besides that of the best student evaluated; 1 leaves none to fall back to
+    config.checkpoint.keep = 2
 
     config.log = ConfigDict()
     config.log.samples_every = 10  # steps between rollouts written to samples/; 0 = first and last
@@ -145,6 +147,7 @@ _NOT_NEGATIVE = (
     "eval.temperature",
     "eval.top_k",
     "checkpoint.every_steps",
+    "checkpoint.every_minutes",
     "log.samples_every",
     "log.samples",
     "log.token_views",

@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import jax
@@ -19,6 +20,7 @@ from jax.experimental import multihost_utils
 from opsdc_jax.config import InputError
 
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 def initialize() -> None:
@@ -103,33 +105,66 @@ def from_first(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
-def first_does(work: Callable[[], None]) -> None:
+def first_does(work: Callable[[], int | None]) -> int:
     """Runs `work` in the first process only; where it fails there, no process goes on.
+
+    Returns:
+      what it returned there, on all of them; 0 for None.
 
     Raises:
       Exception: the first process's own, there.
       InputError: that it failed, elsewhere.
     """
     failure: Exception | None = None
+    result = 0
     if is_first():
         try:
-            work()
+            result = work() or 0
         except Exception as error:  # told to the others, then raised
             failure = error
     if from_first(failure is not None):
         raise failure or InputError("the first process failed: its message says why")
+    return from_first(result)
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM to any process is a request to stop instead of its end.
+    """Inside, SIGTERM or SIGINT to any process is a request to stop instead of its end.
+
+    A second one ends the process that gets it, at once and with exit code 128 + its number, also
+    while Python waits for a compilation or a device.
 
     Yields:
       a function that all processes must call together: whether one of them was asked to stop.
     """
     asked: list[int] = []
-    previous = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    previous = {
+        number: signal.signal(number, lambda got, _: asked.append(got)) for number in _STOPPING
+    }
+    # Python runs its handlers between two bytecodes, which may take minutes to come. The wakeup
+    # file gets the number of a signal as it arrives, and a thread of its own can act on it.
+    arriving, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    previous_wakeup = signal.set_wakeup_fd(wakeup)
+    watcher = threading.Thread(target=_quit_at_the_second, args=(arriving,), daemon=True)
+    watcher.start()
     try:
         yield lambda: any_process(bool(asked))
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signal.set_wakeup_fd(previous_wakeup)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        os.close(wakeup)  # ends the thread
+        watcher.join()
+        os.close(arriving)
+
+
+def _quit_at_the_second(arriving: int) -> None:
+    requests = 0
+    while got := os.read(arriving, 1):
+        requests += got[0] in _STOPPING
+        if requests == 2:
+            os._exit(128 + got[0])
+        if got[0] in _STOPPING:
+            name = signal.Signals(got[0]).name
+            print(f"{name}: stopping soon; once more quits at once", file=sys.stderr, flush=True)

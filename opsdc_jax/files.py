@@ -1,5 +1,6 @@
 """JSON files: read with a clear error, written in one go."""
 
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -28,8 +29,28 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Inside, what the system refuses to write becomes one sentence.
+
+    Raises:
+      InputError: naming `path` and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}): make room, give permission, or choose "
+            "another place"
+        ) from None
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a JSON file in one go: readers see the old file or the whole new one."""
+    """Writes a JSON file in one go: readers see the old file or the whole new one.
+
+    Raises:
+      InputError: it cannot be written.
+    """
     _replace(path, [json.dumps(value, indent=2) + "\n"])
 
 
@@ -54,15 +75,20 @@ def read_json_lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 
 def write_json_lines(path: pathlib.Path, values: Iterable[Any]) -> None:
-    """Writes one object a line, in one go."""
+    """Writes one object a line, in one go.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
     _replace(path, (json.dumps(value) + "\n" for value in values))
 
 
 def _replace(path: pathlib.Path, texts: Iterable[str]) -> None:
     temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(texts)
-    temporary.replace(path)
+    with writing(path):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(texts)
+        temporary.replace(path)
 
 
 def fingerprint(paths: Iterable[pathlib.Path]) -> str:

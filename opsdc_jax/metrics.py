@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import jax
 
 from opsdc_jax.config import InputError
+from opsdc_jax.files import write_json_lines, writing
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
@@ -27,14 +28,19 @@ class TensorBoard:
     """Every number of a row as a scalar of an event file, which TensorBoard draws over steps.
 
     Args:
-      folder: of the event files; created if absent.
-      last_step: scalars of later steps are hidden, since a resumed run writes them again.
+      folder: of the event files; created if absent. Those of an earlier part of the run go: a kill
+        leaves steps in them that are run again, and takes steps with it that were still buffered.
+      rows: of the steps before, written again.
     """
 
-    def __init__(self, folder: pathlib.Path, last_step: int):
+    def __init__(self, folder: pathlib.Path, rows: Sequence[dict[str, Any]]):
         import tensorboardX
 
-        self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=last_step + 1)
+        for earlier in folder.glob("events.out.tfevents.*"):
+            earlier.unlink()
+        self._writer = tensorboardX.SummaryWriter(str(folder))
+        for row in rows:
+            self.write(row)
 
     def write(self, row: dict[str, Any]) -> None:
         for name in row.keys() - {"step"}:
@@ -92,10 +98,16 @@ def check_mirrors(log: Any) -> None:
 
 
 def open_mirrors(workdir: pathlib.Path, config: Any, last_step: int) -> list[Mirror]:
-    """The mirrors that `config.log` switches on, for a run whose steps up to `last_step` stay."""
+    """The mirrors that `config.log` switches on, for a run whose steps up to `last_step` stay.
+
+    Raises:
+      InputError: one cannot be written.
+    """
     mirrors: list[Mirror] = []
     if config.log.tensorboard:
-        mirrors.append(TensorBoard(workdir / "tensorboard", last_step))
+        rows = _rows_until(workdir / "metrics.jsonl", last_step)
+        with writing(workdir / "tensorboard"):
+            mirrors.append(TensorBoard(workdir / "tensorboard", rows))
     if config.log.wandb:
         mirrors.append(WeightsAndBiases(workdir, config.to_dict()))
     return mirrors
@@ -108,30 +120,41 @@ class MetricsFile:
       path: the file; created if absent.
       last_step: lines of later steps are dropped first, since a resumed run writes them again.
       mirrors: get every row too; closed with the file.
+
+    Raises:
+      InputError: it cannot be written, now or later.
     """
 
     def __init__(self, path: pathlib.Path, last_step: int, mirrors: Sequence[Mirror] = ()):
-        self._mirrors = mirrors
-        kept = [row for row in read_metrics(path) if row["step"] <= last_step]
+        self._path, self._mirrors = path, mirrors
+        kept = _rows_until(path, last_step)
+        missing = set(range(1, last_step + 1)) - {row["step"] for row in kept}
+        if missing:
+            print(f"{path} is damaged: it lacks {len(missing)} steps, the first is {min(missing)}")
         # Replaced in one go: a crash here must not cost the history.
-        rewritten = path.with_suffix(".tmp")
-        rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        rewritten.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        write_json_lines(path, kept)
+        with writing(path):
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for mirror in self._mirrors:
-            mirror.write(row)
+        with writing(self._path):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            for mirror in self._mirrors:
+                mirror.write(row)
 
     def __enter__(self) -> "MetricsFile":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        for mirror in self._mirrors:
-            mirror.close()
+        with writing(self._path):  # after a failed write, closing tries once more
+            self._file.close()
+            for mirror in self._mirrors:
+                mirror.close()
+
+
+def _rows_until(path: pathlib.Path, last_step: int) -> list[dict[str, Any]]:
+    return [row for row in read_metrics(path) if row["step"] <= last_step]
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from opsdc_jax.config import InputError, differing_keys
-from opsdc_jax.files import read_json, read_json_lines, write_json, write_json_lines
+from opsdc_jax.files import read_json, read_json_lines, write_json, write_json_lines, writing
 
 BASE, CONCISE, STUDENT = "base", "concise_prompt", "student"
 SUMMARY = "summary.json"
@@ -67,13 +67,9 @@ class SystemFiles(NamedTuple):
                 f"{self.responses} lies there without {self.settings.name}, so nobody knows how it "
                 "was sampled: choose another folder"
             )
-        try:
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.settings, settings)
-        except OSError as error:
-            raise InputError(
-                f"{self.folder} cannot be written ({error.strerror}): choose another folder"
-            ) from None
 
     def resume(self, total: int, batch_size: int) -> int:
         """Drops what a crash left unfinished; returns how many responses stay.
@@ -95,8 +91,12 @@ class SystemFiles(NamedTuple):
         return kept
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Adds responses to the file."""
-        with self.responses.open("a", encoding="utf-8") as file:
+        """Adds responses to the file.
+
+        Raises:
+          InputError: they cannot be written.
+        """
+        with writing(self.responses), self.responses.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -128,8 +128,13 @@ def benchmark_folders(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def remove_later_students(folder: pathlib.Path, step: int) -> None:
-    """Deletes what students after `step` answered: a run that continues there trains them anew."""
+    """Deletes what students after `step` answered: a run that continues there trains them anew.
+
+    Raises:
+      InputError: something cannot be deleted.
+    """
     for benchmark in benchmark_folders(folder):
         for files in systems(benchmark):
             if (student_step(files.system) or 0) > step:
-                files.remove()
+                with writing(benchmark):
+                    files.remove()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,11 +10,26 @@ from ml_collections import ConfigDict
 
 from opsdc_jax import distributed, sharding, token_view
 from opsdc_jax.data import Example
-from opsdc_jax.files import write_json, write_json_lines
+from opsdc_jax.files import write_json, write_json_lines, writing
 from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.parts import Parts
 from opsdc_jax.rollout import Rollout
 from opsdc_jax.token_view import TokenViewer
+
+_FILE = re.compile(r"(?:step-(\d+)\.json|tokens-(\d+)\.jsonl)")
+
+
+def remove_later(folder: pathlib.Path, step: int) -> None:
+    """Deletes the rollouts of steps after `step`: a run that continues there samples them anew.
+
+    Raises:
+      InputError: one cannot be deleted.
+    """
+    with writing(folder):
+        for path in folder.iterdir():
+            found = _FILE.fullmatch(path.name)
+            if found and int(found[1] or found[2]) > step:
+                path.unlink()
 
 
 @dataclasses.dataclass(frozen=True)

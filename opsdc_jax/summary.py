@@ -76,10 +76,37 @@ def _is_unparsed(response: Mapping[str, Any], text: str) -> bool:
 
 def headline(files: SystemFiles) -> str:
     """Accuracy and length of a graded system, in words."""
+    accuracy, tokens = _means(files)
+    return f"accuracy {100 * accuracy:.1f}%, {tokens:,.1f} tokens"
+
+
+def _means(files: SystemFiles) -> tuple[float, float]:
     rows = files.read_grades()
     accuracy = sum(row["scores"][statistics.HEADLINE] for row in rows) / len(rows)
-    tokens = sum(row["tokens"] for row in rows) / len(rows)
-    return f"accuracy {100 * accuracy:.1f}%, {tokens:,.1f} tokens"
+    return accuracy, sum(row["tokens"] for row in rows) / len(rows)
+
+
+def best_student(folder: pathlib.Path) -> int:
+    """The step of a run's best student so far, 0 where none was evaluated.
+
+    The best has the highest accuracy, averaged over the benchmarks; of equals the one with the
+    fewest tokens is better, then the later one.
+
+    Args:
+      folder: eval/ of the run. A student that misses a benchmark does not count.
+    """
+    benchmarks = results.benchmark_folders(folder)
+    means: dict[int, list[tuple[float, float]]] = {}
+    for files in (files for benchmark in benchmarks for files in results.systems(benchmark)):
+        step = results.student_step(files.system)
+        if step and files.grades.exists():
+            means.setdefault(step, []).append(_means(files))
+    ranks = [
+        (*np.mean(values, axis=0) * (1, -1), step)
+        for step, values in means.items()
+        if len(values) == len(benchmarks)
+    ]
+    return max(ranks, default=(0.0, 0.0, 0))[2]
 
 
 def regrade(path: pathlib.Path) -> list[SystemFiles]:

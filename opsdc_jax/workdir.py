@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from opsdc_jax.config import InputError, default_config, differing_keys, flatten
-from opsdc_jax.files import read_json, write_json
+from opsdc_jax.files import read_json, write_json, writing
 from opsdc_jax.results import SUMMARY
 
 # Keys in which a run that continues may differ: where and in which portions it computes, and what
@@ -29,8 +29,8 @@ class Workdir:
       config: the configuration of the run it holds or will hold.
 
     Raises:
-      InputError: the folder holds something else, or a run of another configuration (the keys
-        that differ are named).
+      InputError: the folder holds something else, a run of another configuration (the keys that
+        differ are named), or links to folders elsewhere.
     """
 
     def __init__(self, path: str | pathlib.Path, config: ConfigDict):
@@ -40,6 +40,7 @@ class Workdir:
             self._refuse_other_run()
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise InputError(f"{self.path} is not empty and holds no run: choose another --workdir")
+        self._refuse_links()
 
     def create(self) -> None:
         """Makes the folders and writes config.json.
@@ -47,15 +48,11 @@ class Workdir:
         Raises:
           InputError: the folder cannot be written.
         """
-        try:
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self._stored, self._config)  # first: it makes the folder ours
             for folder in (self.eval, self.samples, self.plots):
                 folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"workdir {self.path} cannot be written ({error.strerror}): choose another"
-            ) from None
 
     @property
     def _stored(self) -> pathlib.Path:
@@ -85,6 +82,17 @@ class Workdir:
     def summary(self) -> pathlib.Path:
         """The final table; its presence marks a finished run."""
         return self.eval / SUMMARY
+
+    def _refuse_links(self) -> None:
+        """A run deletes what it writes anew, and nothing outside of its own folder."""
+        ours = (self.eval, self.samples, self.plots, self.checkpoints, self.path / "tensorboard")
+        inside = [path for folder in ours if folder.is_dir() for path in folder.iterdir()]
+        for path in (*ours, *inside):
+            if path.is_symlink() and path.is_dir():
+                raise InputError(
+                    f"{path} is a link to another folder, where nothing must be deleted: put the "
+                    "whole --workdir there instead"
+                )
 
     def _refuse_other_run(self) -> None:
         theirs = flatten(ConfigDict(read_json(self._stored)))

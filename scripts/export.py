@@ -17,7 +17,7 @@ import jax
 from absl import flags
 
 from opsdc_jax import cli
-from opsdc_jax.checkpoint import Checkpointer
+from opsdc_jax.checkpoint import Checkpointer, newest_good
 from opsdc_jax.config import DTYPES, InputError
 from opsdc_jax.models import hf, qwen3
 from opsdc_jax.workdir import read_config
@@ -50,23 +50,26 @@ def main(argv: Sequence[str]) -> int:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         qwen3.abstract_params(model),
     )
+    step, wrong = newest_good(run / "checkpoints")
+    for later, reason in wrong.items():
+        print(f"the checkpoint of step {later} is damaged ({reason})")
+    if not step:
+        raise InputError(f"{run} holds no finished checkpoint that is whole")
     with Checkpointer(run / "checkpoints", settings.checkpoint.keep) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
-            raise InputError(f"{run} holds no finished checkpoint yet")
-        with whole_or_not_at_all(out) as folder:
-            hf.save_folder(
-                folder,
-                checkpoints.restore_student(step, like),
-                model,
-                eos_token_ids=list(hf.stop_token_ids(base, tokenizer)),
-                pad_token_id=tokenizer.pad_token_id,
-                dtype=args.dtype,
-                # The student is sampled as its base is: another temperature would be another
-                # comparison.
-                generation=hf.generation_settings(base),
-            )
-            tokenizer.save_pretrained(folder)
+        student = checkpoints.restore_student(step, like)
+    with whole_or_not_at_all(out) as folder:
+        hf.save_folder(
+            folder,
+            student,
+            model,
+            eos_token_ids=list(hf.stop_token_ids(base, tokenizer)),
+            pad_token_id=tokenizer.pad_token_id,
+            dtype=args.dtype,
+            # The student is sampled as its base is: another temperature would be another
+            # comparison.
+            generation=hf.generation_settings(base),
+        )
+        tokenizer.save_pretrained(folder)
     print(f"wrote the student of step {step} to {out} ({args.dtype})")
     return cli.EXIT_DONE
 

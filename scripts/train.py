@@ -4,17 +4,19 @@ Any key of the configuration can be overridden: --config.train.steps=20. The key
 and units are in opsdc_jax/config.py. A workdir with an unfinished run of the same configuration is
 continued; with a finished one its table is printed.
 
-Several hosts run the same command each, see docs/launch.md. SIGTERM to any of them stops the run
-after its step, with a checkpoint.
+Several hosts run the same command each, see docs/launch.md. SIGTERM or SIGINT (Ctrl-C) to any of
+them stops the run after its step, with a checkpoint; a second one ends that process at once.
 
-Exit codes: 0 done; 1 an unexpected error (with a traceback); 2 bad input (one sentence says what
-to change, before anything is compiled); 3 stopped when asked to, the same command continues.
+Exit codes: 0 done; 1 an unexpected error (with a traceback); 2 bad input, or a full or protected
+disk (one sentence says what to change); 3 stopped when asked to, the same command continues;
+130, 143 ended by a second SIGINT, SIGTERM, the same command continues from the last checkpoint.
 """
 
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -30,6 +32,7 @@ from opsdc_jax import (
     report,
     results,
     rollout,
+    samples,
     sharding,
 )
 from opsdc_jax.evaluate import Evaluator, System
@@ -40,7 +43,7 @@ from opsdc_jax.parts import Parts, describe, prepare
 from opsdc_jax.progress import Progress
 from opsdc_jax.samples import SampleWriter
 from opsdc_jax.sampling import TRAIN_STREAM, SamplingParams, sequence_keys
-from opsdc_jax.summary import summarise
+from opsdc_jax.summary import best_student, summarise
 from opsdc_jax.workdir import Workdir, beside_finished, is_finished
 
 
@@ -61,12 +64,13 @@ def main(argv: Sequence[str]) -> int:
     path = args.workdir or f"runs/{cli.config_name(argv)}"
     workdir = Workdir(beside_finished(path) if args.new_if_finished else path, args.config)
     if not is_finished(workdir.path):
-        parts = prepare(args.config)
-        distributed.first_does(workdir.create)
-        cli.use_compilation_cache()
-        describe(args.config, parts, workdir.path)
-        if not train(args.config, parts, workdir):
-            return cli.EXIT_STOPPED
+        with distributed.stop_requests() as stop_asked:
+            parts = prepare(args.config)
+            distributed.first_does(workdir.create)
+            cli.use_compilation_cache()
+            describe(args.config, parts, workdir.path)
+            if not train(args.config, parts, workdir, stop_asked):
+                return cli.EXIT_STOPPED
     if distributed.is_first():
         print(f"\n{report.tables(read_json(workdir.summary))}")
         print(f"\n{report.write(workdir.path)}\neverything is in {workdir.path}")
@@ -74,8 +78,13 @@ def main(argv: Sequence[str]) -> int:
     return cli.EXIT_DONE
 
 
-def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> bool:
+def train(
+    settings: ConfigDict, parts: Parts, workdir: Workdir, stop_asked: Callable[[], bool]
+) -> bool:
     """THE loop: sample, pair, accumulate, apply; teacher, checkpoints and evaluations on time.
+
+    Args:
+      stop_asked: whether any process was asked to stop; all call it together.
 
     Returns:
       False if it was asked to stop before the last step.
@@ -109,21 +118,22 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> bool:
     )
 
     with contextlib.ExitStack() as stack:
-        stop_asked = stack.enter_context(distributed.stop_requests())
+        first_step = distributed.first_does(lambda: checkpoint.recover(workdir.checkpoints))
+        distributed.first_does(lambda: remove_later(workdir, first_step))
+        about = {"seed": settings.seed, "teacher_every": settings.teacher.every}
         checkpoints = stack.enter_context(
-            checkpoint.Checkpointer(workdir.checkpoints, settings.checkpoint.keep)
+            checkpoint.Checkpointer(workdir.checkpoints, settings.checkpoint.keep, about)
         )
-        first_step = distributed.from_first(checkpoints.latest_step() or 0)
+        checkpoints.best = distributed.first_does(lambda: best_student(workdir.eval))
         metrics_file = None
         if distributed.is_first():
-            results.remove_later_students(workdir.eval, first_step)
             mirrors = open_mirrors(workdir.path, settings, first_step)
             metrics_file = stack.enter_context(MetricsFile(workdir.metrics, first_step, mirrors))
         progress = Progress(metrics_file, last_step)
 
         if first_step:
             state = checkpoints.restore(first_step, like=jitted.like)
-            print(f"continuing after step {first_step}")
+            print(f"continuing after step {first_step}{checkpoints.made_elsewhere(first_step)}")
             again = due(first_step, settings.eval.every, last_step)  # it may have died before that
             systems = [student(settings, first_step)] if again else []
         else:
@@ -137,12 +147,15 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> bool:
         for system in systems:
             if not evaluator.run(system, state.student, stop_asked):
                 return stopped(first_step)
+        checkpoints.best = distributed.first_does(lambda: best_student(workdir.eval))
 
         progress.restart_clock()
+        began = time.perf_counter()
         for step in range(first_step + 1, last_step + 1):
             if stop_asked():
                 progress.print_pending()
-                checkpoints.save(state, step - 1)
+                if step - 1 > first_step:
+                    checkpoints.save(state, step - 1)
                 return stopped(step - 1)
             with sharding.explicit_transfers():
                 examples = parts.source.train(step, batch_size)
@@ -190,23 +203,36 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> bool:
             metrics["padding_efficiency"] = rollout.padding_efficiency(micro_batches)
             progress.add(step, metrics, sampled, compilations.count)
             evaluation_due = due(step, settings.eval.every, last_step)
+            save_due = due(step, settings.checkpoint.every_steps, last_step)
+            save_due |= checkpoints.overdue(settings.checkpoint.every_minutes)
             # Also before an evaluation: it may take longer than a machine is granted.
-            if evaluation_due or due(step, settings.checkpoint.every_steps, last_step):
+            if evaluation_due or save_due:
                 progress.print_pending()  # a saved step must not miss in metrics.jsonl
                 checkpoints.save(state, step)
             if evaluation_due:
                 if not evaluator.run(student(settings, step), state.student, stop_asked):
                     return stopped(step)
+                checkpoints.best = distributed.first_does(lambda: best_student(workdir.eval))
                 progress.restart_clock()
-    print(compilations)
+        took = time.perf_counter() - began
+    print(f"{compilations}\n{checkpoints.blocked(took)}")
     if distributed.is_first():
         write_json(workdir.summary, summarise(workdir.eval))  # marks the run as finished
     return True
 
 
+def remove_later(workdir: Workdir, step: int) -> None:
+    """Deletes what steps after `step` left: they are run again. metrics.jsonl is cut on opening."""
+    results.remove_later_students(workdir.eval, step)
+    samples.remove_later(workdir.samples, step)
+
+
 def stopped(step: int) -> bool:
     """What a run that was asked to stop says, and returns."""
-    print(f"stopped after step {step}: the same command continues")
+    if step:
+        print(f"stopped after step {step}: the same command continues")
+    else:
+        print("stopped before the first step: the same command starts again")
     return False
 
 

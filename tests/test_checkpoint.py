@@ -1,5 +1,13 @@
-"""A saved train state comes back bit for bit."""
+"""A saved train state comes back bit for bit, or the one before it does."""
 
+import contextlib
+import errno
+import json
+import os
+import pathlib
+import re
+import resource
+import shutil
 import types
 
 import jax
@@ -7,8 +15,9 @@ import jax.numpy as jnp
 import pytest
 from helpers import SMALL, random_params
 
-from opsdc_jax import distill
-from opsdc_jax.checkpoint import Checkpointer
+from opsdc_jax import distill, manifest
+from opsdc_jax.checkpoint import Checkpointer, newest_good, recover
+from opsdc_jax.config import InputError
 from opsdc_jax.distill import TrainState
 
 OPTIMIZER = distill.make_optimizer(
@@ -34,10 +43,10 @@ def same(left, right):
 
 def test_save_and_restore(tmp_path, state):
     with Checkpointer(tmp_path / "checkpoints", keep=2) as checkpoints:
-        assert checkpoints.latest_step() is None
+        assert checkpoints.last_good_step() is None
         checkpoints.save(state, 3)
     with Checkpointer(tmp_path / "checkpoints", keep=2) as checkpoints:
-        assert checkpoints.latest_step() == 3
+        assert checkpoints.last_good_step() == 3
         blank = jax.tree.map(jnp.zeros_like, state)
         assert same(checkpoints.restore(3, like=blank), state)
 
@@ -65,3 +74,144 @@ def test_saving_does_not_hold_the_state_hostage(tmp_path, state):
             leaf.delete()
     with Checkpointer(tmp_path, keep=1) as checkpoints:
         assert same(checkpoints.restore(3, like=state), state)
+
+
+def steps(folder):
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def test_the_best_is_kept_besides_the_newest(tmp_path, state):
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        for step, best in ((1, 0), (2, 0), (3, 2), (4, 2), (5, 4), (6, 4)):
+            checkpoints.best = best
+            checkpoints.save(state, step)
+    assert steps(tmp_path) == [4, 6]
+
+
+def test_a_manifest_says_what_the_checkpoint_is(tmp_path, state):
+    with Checkpointer(tmp_path, keep=1, about={"seed": 7}) as checkpoints:
+        checkpoints.save(state, 3)
+        assert checkpoints.last_good_step() == 3
+        assert checkpoints.made_elsewhere(3) == ""
+        stored = json.loads((tmp_path / "3" / "manifest.json").read_text())
+        assert (stored["step"], stored["best"], stored["seed"]) == (3, 0, 7)
+        stored["made_by"]["cpu_threads"] = 96
+        (tmp_path / "3" / "manifest.json").write_text(json.dumps(stored))
+        assert "cpu_threads: 96 -> " in checkpoints.made_elsewhere(3)
+
+
+@pytest.fixture(scope="module")
+def two_saved(tmp_path_factory, state):
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    with Checkpointer(folder, keep=2) as checkpoints:
+        for step in (10, 20):
+            checkpoints.save(state, step)
+    return folder
+
+
+@pytest.fixture
+def saved(two_saved, tmp_path):
+    """A copy of two checkpoints, of steps 10 and 20, and the largest data file of the second."""
+    shutil.copytree(two_saved, tmp_path / "checkpoints")
+    data = (tmp_path / "checkpoints" / "20" / "teacher").rglob("*")
+    return tmp_path / "checkpoints", max(data, key=lambda path: path.stat().st_size)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (truncate, r"teacher/.* has [\d,]+ of [\d,]+ bytes"),
+        (flip_a_bit, r"teacher/.* has other contents"),
+        (pathlib.Path.unlink, r"teacher/.* is missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(saved, capsys, damage, reason):
+    folder, data = saved
+    damage(data)
+    step, wrong = newest_good(folder)
+    assert step == 10
+    assert wrong.keys() == {20}
+    assert re.match(reason, wrong[20])
+    assert steps(folder) == [10, 20], "looking deletes nothing"
+    assert recover(folder) == 10
+    assert re.search(rf"of step 20 is damaged \({reason}", capsys.readouterr().out)
+    assert steps(folder) == [10]
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"files": {"a": 1}}'])
+def test_a_checkpoint_without_its_manifest_is_not_good(saved, content):
+    folder, _ = saved
+    path = folder / "20" / manifest.NAME
+    path.unlink() if content is None else path.write_text(content)
+    assert newest_good(folder)[0] == 10
+
+
+def test_what_a_killed_save_left_is_removed(saved):
+    folder, _ = saved
+    (folder / "20").rename(folder / "20.orbax-checkpoint-tmp")
+    (folder / "notes").mkdir()
+    assert recover(folder) == 10
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "notes"]
+    assert recover(folder / "absent") == 0
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(saved):
+    folder, data = saved
+    truncate(data)
+    (folder / "10" / manifest.NAME).unlink()
+    with pytest.raises(InputError, match=r"no checkpoint in .* is whole \(20: .*; 10: "):
+        recover(folder)
+    assert steps(folder) == [10, 20]
+
+
+def test_a_link_is_removed_and_what_it_leads_to_is_not(saved, tmp_path):
+    folder, _ = saved
+    (folder / "20").rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / manifest.NAME).unlink()
+    (folder / "20").symlink_to(tmp_path / "elsewhere")
+    assert recover(folder) == 10
+    assert steps(folder) == [10]
+    assert (tmp_path / "elsewhere" / "teacher").is_dir()
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file grows beyond 2,000 bytes, for the system's reasons."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("where", ["data", "manifest"])
+def test_a_full_disk_costs_no_checkpoint_that_was_there(saved, state, monkeypatch, where):
+    folder, _ = saved
+
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if where == "manifest":
+        monkeypatch.setattr(manifest, "write", no_space)
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpointer(folder, keep=1))
+        stack.enter_context(full_disk() if where == "data" else contextlib.nullcontext())
+        checkpoints.save(state, 30)
+        with pytest.raises(
+            InputError, match=r"of step 30 cannot be written to .* \((File too|No sp)"
+        ):
+            checkpoints.last_good_step()
+        assert checkpoints.last_good_step() == 20
+    assert steps(folder) == [10, 20]
+    assert recover(folder) == 20

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -70,10 +72,35 @@ def test_a_lone_process_agrees_with_itself():
     assert [distributed.any_process(flag) for flag in (True, False)] == [True, False]
 
 
-def test_sigterm_is_a_request_inside_and_what_it_was_outside():
-    before = signal.getsignal(signal.SIGTERM)
+def test_what_the_first_process_returns_is_returned():
+    assert distributed.first_does(lambda: 3) == 3
+    assert distributed.first_does(lambda: None) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_a_request_inside_and_what_it_was_outside(number, capfd):
+    before = signal.getsignal(number)
     with distributed.stop_requests() as asked:
         assert not asked()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert asked()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+    assert f"{number.name}: stopping soon; once more quits at once" in capfd.readouterr().err
+
+
+def test_the_second_signal_ends_the_process_even_where_python_waits():
+    waits = """if True:
+        import hashlib
+        from opsdc_jax import distributed
+        with distributed.stop_requests():
+            print("inside", flush=True)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes without a handler
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", waits], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "inside\n"
+    process.send_signal(signal.SIGTERM)
+    assert "once more" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 128 + signal.SIGINT

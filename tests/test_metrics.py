@@ -88,9 +88,6 @@ def events(folder):
             (length,) = struct.unpack("<Q", data[:8])
             event = event_pb2.Event.FromString(data[12 : 12 + length])
             data = data[16 + length :]
-            if event.HasField("session_log"):
-                assert event.session_log.status == event_pb2.SessionLog.START
-                yield event.step, "restart", None
             for value in event.summary.value:
                 yield event.step, value.tag, value.simple_value
 
@@ -99,14 +96,32 @@ def test_by_default_there_is_only_the_file(tmp_path):
     assert open_mirrors(tmp_path, default_config(), 0) == []
 
 
-def test_tensorboard_gets_every_number_and_a_resumed_run_hides_what_it_repeats(tmp_path):
+def test_a_row_that_is_missing_is_told(tmp_path, capsys):
+    write(tmp_path / "m.jsonl", 0, [1, 3])
+    write(tmp_path / "m.jsonl", 3, [])
+    assert "lacks 1 steps, the first is 2" in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    """/dev/full is a disk without room."""
+    (tmp_path / "m.jsonl").symlink_to("/dev/full")
+    monkeypatch.setattr("opsdc_jax.metrics.write_json_lines", lambda *_: None)
+    file = MetricsFile(tmp_path / "m.jsonl", 0)
+    message = r"m.jsonl cannot be written \(No space left on device\)"
+    with pytest.raises(InputError, match=message):
+        file.write({"step": 1})
+    with pytest.raises(InputError, match=message):
+        file.__exit__()
+
+
+def test_tensorboard_gets_every_number_and_a_resumed_run_repeats_none(tmp_path):
     pytest.importorskip("tensorboardX")
     settings = config(tensorboard=True)
     written(tmp_path, 0, [1, 2, 3], settings)
     scalars = [event for event in events(tmp_path / "tensorboard") if event[1] == "loss"]
     assert scalars == [(1, "loss", 0.125), (2, "loss", 0.25), (3, "loss", 0.375)]
     written(tmp_path, 2, [3], settings)
-    assert (3, "restart", None) in list(events(tmp_path / "tensorboard"))
+    assert [event for event in events(tmp_path / "tensorboard") if event[1] == "loss"] == scalars
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
 
 

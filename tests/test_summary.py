@@ -154,6 +154,22 @@ def test_a_damaged_line_is_named(tmp_path):
         summary.grade(files)
 
 
+def test_the_best_student_is_the_most_accurate_then_the_shortest_then_the_latest(tmp_path):
+    def graded(step, *given, **how):
+        summary.grade(write(tmp_path, results.student_name(step), *given, **how))
+        return summary.best_student(tmp_path)
+
+    summary.grade(write(tmp_path, results.BASE))
+    assert summary.best_student(tmp_path) == 0, "the base is no student"
+    assert graded(10) == 10
+    assert graded(20, ("1", "1", "2", "2"), thought=9) == 20, "more accurate"
+    assert graded(30, ("1", "1", "2", "2"), thought=20) == 20, "as accurate, longer"
+    assert graded(40, ("1", "1", "2", "2"), thought=9) == 40, "the same, later"
+    assert graded(50, ("1", "1", "5", "5"), thought=1) == 40, "shorter, less accurate"
+    write(tmp_path, results.student_name(60), ("1", "1", "2", "2"), thought=1)
+    assert summary.best_student(tmp_path) == 40, "not graded yet"
+
+
 def test_students_after_the_restored_step_are_removed(tmp_path):
     for name in ("base", "student-000010", "student-000020"):
         write(tmp_path, name)

@@ -55,6 +55,18 @@ def test_a_folder_of_something_else_is_refused_and_kept(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "eval/tiny"])
+def test_links_to_other_folders_are_refused(tmp_path, name):
+    """What a run deletes lies in its own folder; the folder itself may be a link."""
+    opened(tmp_path / "run").create()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    opened(tmp_path / "link")
+    (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=rf"{name} is a link to another folder"):
+        opened(tmp_path / "run")
+
+
 @pytest.mark.parametrize("content", ["", "{", "[1]", '"x"'])
 def test_a_damaged_config_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_text(content)

@@ -153,6 +153,7 @@ class _Worker:
             [sys.executable, "-P", "-m", "opsdc_jax.grading.worker", str(seconds), str(MEMORY)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            process_group=0,  # Ctrl-C in a terminal asks the run to stop, and must kill no grading
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"},
         )
         assert self._process.stdin is not None
