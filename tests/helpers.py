@@ -1,7 +1,9 @@
 """What several test files need: scripts as modules, and a model small enough to compile fast."""
 
+import contextlib
 import importlib.util
 import pathlib
+import resource
 import types
 from collections.abc import Iterator
 
@@ -26,6 +28,17 @@ SMALL = Qwen3Config(
     rope_theta=10_000.0,
     tie_word_embeddings=True,
 )
+
+
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Inside, the system lets no file of this process grow beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def load_config(name: str) -> ConfigDict:

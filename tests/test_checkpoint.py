@@ -6,14 +6,13 @@ import json
 import os
 import pathlib
 import re
-import resource
 import shutil
 import types
 
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import SMALL, random_params
+from helpers import SMALL, full_disk, random_params
 
 from opsdc_jax import distill, manifest
 from opsdc_jax.checkpoint import Checkpointer, newest_good, recover
@@ -184,17 +183,6 @@ def test_a_link_is_removed_and_what_it_leads_to_is_not(saved, tmp_path):
     assert (tmp_path / "elsewhere" / "teacher").is_dir()
 
 
-@contextlib.contextmanager
-def full_disk():
-    """No file grows beyond 2,000 bytes, for the system's reasons."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("where", ["data", "manifest"])
 def test_a_full_disk_costs_no_checkpoint_that_was_there(saved, state, monkeypatch, where):
     folder, _ = saved
@@ -206,7 +194,7 @@ def test_a_full_disk_costs_no_checkpoint_that_was_there(saved, state, monkeypatc
         monkeypatch.setattr(manifest, "write", no_space)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpointer(folder, keep=1))
-        stack.enter_context(full_disk() if where == "data" else contextlib.nullcontext())
+        stack.enter_context(full_disk(2000) if where == "data" else contextlib.nullcontext())
         checkpoints.save(state, 30)
         with pytest.raises(
             InputError, match=r"of step 30 cannot be written to .* \((File too|No sp)"

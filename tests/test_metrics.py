@@ -7,6 +7,7 @@ import types
 
 import jax
 import pytest
+from helpers import full_disk
 
 from opsdc_jax.config import InputError, default_config
 from opsdc_jax.metrics import (
@@ -102,16 +103,12 @@ def test_a_row_that_is_missing_is_told(tmp_path, capsys):
     assert "lacks 1 steps, the first is 2" in capsys.readouterr().out
 
 
-def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
-    """/dev/full is a disk without room."""
-    (tmp_path / "m.jsonl").symlink_to("/dev/full")
-    monkeypatch.setattr("opsdc_jax.metrics.write_json_lines", lambda *_: None)
+def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path):
     file = MetricsFile(tmp_path / "m.jsonl", 0)
-    message = r"m.jsonl cannot be written \(No space left on device\)"
-    with pytest.raises(InputError, match=message):
-        file.write({"step": 1})
-    with pytest.raises(InputError, match=message):
-        file.__exit__()
+    with full_disk(4):
+        for write_on in (lambda: file.write({"step": 1}), file.__exit__):
+            with pytest.raises(InputError, match=r"m.jsonl cannot be written \(File too large\)"):
+                write_on()
 
 
 def test_tensorboard_gets_every_number_and_a_resumed_run_repeats_none(tmp_path):
