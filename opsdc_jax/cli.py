@@ -4,12 +4,14 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
+from opsdc_jax import distributed
 from opsdc_jax.config import InputError, default_config, flatten, unknown_key
 
 EXIT_DONE = 0
@@ -102,6 +104,8 @@ def config_name(argv: Sequence[str]) -> str:
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Calls a script's main and turns bad input into one sentence and exit code 2.
 
+    Of several processes, one that fails ends at once, and those that wait for it with it.
+
     With --help, the script's docstring and its flags are printed instead.
     """
     argv = sys.argv if argv is None else argv
@@ -111,4 +115,10 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None)
         return main(argv)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        distributed.leave(EXIT_BAD_INPUT)
         return EXIT_BAD_INPUT
+    except Exception:
+        if distributed.is_one_of_several():
+            traceback.print_exc()
+            distributed.leave(EXIT_FAILED)
+        raise

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -79,6 +80,25 @@ def _named_by_tpu() -> bool:
 def is_first() -> bool:
     """Whether this process is the one that prints and writes."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def is_one_of_several() -> bool:
+    """Whether `initialize` has joined processes."""
+    return jax.distributed.is_initialized()
+
+
+def leave(code: int) -> None:
+    """Where several processes run, ends this one at once with an exit code.
+
+    For one that failed: JAX's ordinary way out waits for all the others, and they may be waiting
+    for this one in a collective. Once it is gone they end with an error.
+    """
+    if is_one_of_several():
+        if is_first():
+            time.sleep(1)  # the others may be about to say the same, and end with it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def wait_for_all(name: str) -> None:

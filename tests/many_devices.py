@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import sys
 
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 from helpers import ROOT, load_script, random_params
 
-from opsdc_jax import cli, distill, sampler, sharding
+from opsdc_jax import cli, distill, distributed, sampler, sharding
 from opsdc_jax.config import default_config
 from opsdc_jax.models import qwen3
 from opsdc_jax.models.qwen3 import Qwen3Config
@@ -154,7 +155,10 @@ def train_programs(fsdp: int, tensor: int) -> dict[str, object]:
 
 
 def process(base: str, out: pathlib.Path) -> None:
-    """Five steps as one of two processes; the second is asked to stop in step 3; both go on."""
+    """Five steps as one of two processes; the second is asked to stop in step 3; both go on.
+
+    They go on with another mesh. A copy of the stopped run is left for another number of processes.
+    """
 
     class AskedOnce(SCRIPT.Progress):
         def add(self, step: int, *arguments: object) -> None:
@@ -163,8 +167,11 @@ def process(base: str, out: pathlib.Path) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     SCRIPT.Progress = AskedOnce
-    for expected in (cli.EXIT_STOPPED, cli.EXIT_DONE):
-        assert train(base, out, "--config.mesh.fsdp=4", "--config.mesh.tensor=2") == expected
+    mesh = "--config.mesh.fsdp=4", "--config.mesh.tensor=2"
+    assert train(base, out, *mesh) == cli.EXIT_STOPPED
+    distributed.first_does(lambda: shutil.copytree(out, out.with_name("stopped")) and None)
+    mesh = "--config.mesh.fsdp=2", "--config.mesh.tensor=4"
+    assert train(base, out, *mesh) == cli.EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -87,6 +87,20 @@ def test_the_best_is_kept_besides_the_newest(tmp_path, state):
     assert steps(tmp_path) == [4, 6]
 
 
+def test_a_save_is_overdue_after_so_many_minutes(tmp_path, state, monkeypatch):
+    clock = iter([0.0, 59.0, 61.0, 70.0, 129.0, 131.0, 9999.0])
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        monkeypatch.setattr(
+            "opsdc_jax.checkpoint.time",
+            types.SimpleNamespace(monotonic=lambda: next(clock), perf_counter=lambda: 0.0),
+        )
+        checkpoints._saved_at = next(clock)
+        assert [checkpoints.overdue(1.0) for _ in range(2)] == [False, True]
+        checkpoints.save(state, 1)
+        assert [checkpoints.overdue(1.0) for _ in range(2)] == [False, True]
+        assert not checkpoints.overdue(0.0)
+
+
 def test_a_manifest_says_what_the_checkpoint_is(tmp_path, state):
     with Checkpointer(tmp_path, keep=1, about={"seed": 7}) as checkpoints:
         checkpoints.save(state, 3)

@@ -98,7 +98,8 @@ def test_every_mesh_of_eight_devices_is_one_device(mesh, one_device, meshes, pro
     assert compiled[-1] == compiled[-2], "a step of known shapes compiles nothing"
 
 
-def test_two_processes_are_one_device_even_when_stopped_between(base, one_device, tmp_path):
+def test_two_processes_are_one_device_even_when_stopped_between(base, one_device, tmp_path, capsys):
+    """They go on with another mesh, and the same run goes on in one process as well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -121,6 +122,12 @@ def test_two_processes_are_one_device_even_when_stopped_between(base, one_device
     assert_the_same_run(tmp_path / "run", one_device)
     summary, expected = (path / "eval" / "summary.json" for path in (tmp_path / "run", one_device))
     assert read_json(summary) == read_json(expected)
+    assert many_devices.train(str(base), tmp_path / "stopped") == cli.EXIT_DONE
+    printed = capsys.readouterr().out
+    assert (
+        "continuing after step 3 (devices: '8 x cpu' -> '1 x cpu'; processes: 2 -> 1: " in printed
+    )
+    assert_the_same_run(tmp_path / "stopped", one_device)
 
 
 def test_decoding_gathers_no_weight_for_a_token(programs):
