@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from opsdc_jax import distributed, manifest, sharding
 from opsdc_jax.config import InputError, differing_keys
 from opsdc_jax.distill import TrainState
-from opsdc_jax.files import read_json
+from opsdc_jax.files import read_json, writing
 from opsdc_jax.models.qwen3 import Params
 
 _ITEMS = ("student", "teacher", "optimizer")
@@ -42,6 +42,9 @@ class Checkpointer:
       keep: newest checkpoints kept.
       about: what each manifest says of the run, besides the step, the best one and `made_by`.
 
+    Raises:
+      InputError: the folder cannot be made.
+
     Attributes:
       best: a step whose checkpoint is kept besides the newest; 0: none.
     """
@@ -55,15 +58,16 @@ class Checkpointer:
         self._policy = _NewestAndBest(keep)
         self._about = dict(about or {}) | {"made_by": _made_by()}
         self._saving: dict[str, Any] = {"step": 0}
-        self._manager = ocp.CheckpointManager(
-            self._folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._policy,
-                enable_async_checkpointing=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
-                lightweight_initialize=True,  # metadata of a damaged checkpoint may be damaged too
-            ),
-        )
+        with writing(self._folder):
+            self._manager = ocp.CheckpointManager(
+                self._folder,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=self._policy,
+                    enable_async_checkpointing=True,
+                    async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+                    lightweight_initialize=True,  # reads no metadata, which may be damaged
+                ),
+            )
         self._saved_at = time.monotonic()
         self._saves, self._blocked_seconds = 0, 0.0
 

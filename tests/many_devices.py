@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from helpers import ROOT, load_script, random_params
 
-from opsdc_jax import cli, distill, distributed, sampler, sharding
+from opsdc_jax import cli, distill, distributed, sampler, sampling, sharding
 from opsdc_jax.config import default_config
 from opsdc_jax.models import qwen3
 from opsdc_jax.models.qwen3 import Qwen3Config
@@ -89,7 +89,7 @@ def sampled(width: int) -> list[list[int]]:
     """Greedy responses of a model of 2 key/value heads, its layers split over `width` devices."""
     model = dataclasses.replace(EIGHT, num_key_value_heads=2)
     mesh = sharding.make_mesh({"replica": 1, "fsdp": 8, "tensor": 1})
-    sampling = sampler.Sampler(
+    sample = sampler.Sampler(
         model=model,
         mesh=sampler.decode_mesh(model, mesh, width),
         prompt_buckets=(6,),
@@ -101,7 +101,7 @@ def sampled(width: int) -> list[list[int]]:
     params = jax.device_put(random_params(model, 1), qwen3.shardings(model, mesh))
     prompts = [[1 + row, *range(row % 5)] for row in range(ROWS)]
     keys = sampling.sequence_keys(0, 0, 0, np.arange(ROWS))
-    return sampling(params, prompts, keys, sampling.SamplingParams(0.0)).tokens_BxR.tolist()
+    return sample(params, prompts, keys, sampling.SamplingParams(0.0)).tokens_BxR.tolist()
 
 
 def decode_program(text: str) -> dict[str, object]:
