@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import pathlib
 import secrets
 from collections.abc import Sequence
@@ -115,12 +116,12 @@ class MetricsFile:
         kept = [row for row in read_metrics(path) if row["step"] <= last_step]
         # Replaced in one go: a crash here must not cost the history.
         rewritten = path.with_suffix(".tmp")
-        rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        rewritten.write_text("".join(map(_line, kept)), encoding="utf-8")
         rewritten.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(_line(row))
         self._file.flush()
         for mirror in self._mirrors:
             mirror.write(row)
@@ -134,14 +135,24 @@ class MetricsFile:
             mirror.close()
 
 
+def _line(row: dict[str, Any]) -> str:
+    """A row as a line. JSON has no NaN and no infinity: null stands for them."""
+    values = {name: value if math.isfinite(value) else None for name, value in row.items()}
+    return json.dumps(values, allow_nan=False) + "\n"
+
+
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; none if it does not exist. A torn last line is dropped."""
+    """The rows of a metrics file; none if it does not exist. A torn last line is dropped.
+
+    A value that was not finite is NaN.
+    """
     if not path.exists():
         return []
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
+            values = json.loads(line).items()
+            rows.append({name: math.nan if value is None else value for name, value in values})
         except json.JSONDecodeError:  # the process died while writing it
             break
     return rows

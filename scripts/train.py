@@ -8,7 +8,9 @@ Several hosts run the same command each, see docs/launch.md. SIGTERM to any of t
 after its step, with a checkpoint.
 
 Exit codes: 0 done; 1 an unexpected error (with a traceback); 2 bad input (one sentence says what
-to change, before anything is compiled); 3 stopped when asked to, the same command continues.
+to change, before anything is compiled); 3 stopped when asked to, the same command continues;
+4 stopped by a guard (one sentence says why, and names the last good checkpoint), the same command
+stops again, unless with --config.guards.action=warn.
 """
 
 import contextlib
@@ -27,6 +29,7 @@ from opsdc_jax import (
     config,
     distill,
     distributed,
+    guards,
     report,
     results,
     rollout,
@@ -34,7 +37,13 @@ from opsdc_jax import (
 )
 from opsdc_jax.evaluate import Evaluator, System
 from opsdc_jax.files import read_json, write_json
-from opsdc_jax.metrics import CompileCounter, MetricsFile, check_mirrors, open_mirrors
+from opsdc_jax.metrics import (
+    CompileCounter,
+    MetricsFile,
+    check_mirrors,
+    open_mirrors,
+    read_metrics,
+)
 from opsdc_jax.models import weights
 from opsdc_jax.parts import Parts, describe, prepare
 from opsdc_jax.progress import Progress
@@ -65,8 +74,13 @@ def main(argv: Sequence[str]) -> int:
         distributed.first_does(workdir.create)
         cli.use_compilation_cache()
         describe(args.config, parts, workdir.path)
-        if not train(args.config, parts, workdir):
-            return cli.EXIT_STOPPED
+        warn(guards.risky_settings(args.config))
+        try:
+            if not train(args.config, parts, workdir):
+                return cli.EXIT_STOPPED
+        except guards.GuardError as error:
+            print(f"stopped by a guard: {error}", file=sys.stderr)
+            return cli.EXIT_GUARD
     if distributed.is_first():
         print(f"\n{report.tables(read_json(workdir.summary))}")
         print(f"\n{report.write(workdir.path)}\neverything is in {workdir.path}")
@@ -79,6 +93,9 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> bool:
 
     Returns:
       False if it was asked to stop before the last step.
+
+    Raises:
+      GuardError: a guard stopped it.
     """
     compilations = CompileCounter()
     jitted = distill.make_train_step(
@@ -120,6 +137,9 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> bool:
             mirrors = open_mirrors(workdir.path, settings, first_step)
             metrics_file = stack.enter_context(MetricsFile(workdir.metrics, first_step, mirrors))
         progress = Progress(metrics_file, last_step)
+        done = [row for row in read_metrics(workdir.metrics) if row["step"] <= first_step]
+        guard = guards.Guard(settings.guards, done, workdir.checkpoints, checkpoints.save)
+        guard.check()
 
         if first_step:
             state = checkpoints.restore(first_step, like=jitted.like)
@@ -137,11 +157,13 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> bool:
         for system in systems:
             if not evaluator.run(system, state.student, stop_asked):
                 return stopped(first_step)
+        if not first_step and distributed.is_first():
+            warn(guards.short_budgets(workdir.eval, settings.eval.max_response_tokens))
 
         progress.restart_clock()
         for step in range(first_step + 1, last_step + 1):
             if stop_asked():
-                progress.print_pending()
+                guard.add(progress.print_pending(), state)
                 checkpoints.save(state, step - 1)
                 return stopped(step - 1)
             with sharding.explicit_transfers():
@@ -150,7 +172,8 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> bool:
                 teacher_prompts = [parts.prompts.teacher(e.problem) for e in examples]
                 keys = sequence_keys(settings.seed, TRAIN_STREAM, step, np.arange(batch_size))
                 sampled = parts.sampler(state.student, student_prompts, keys, sampling)
-                progress.print_pending()  # the last step's metrics, while this step's rollout runs
+                # The last step's metrics, while this step's rollout runs.
+                guard.add(progress.print_pending(), state)
                 sampled = jax.device_get(sampled)
                 if step == 1 or due(step, settings.log.samples_every, last_step):
                     # Before the update: by the very student that sampled, and its teacher.
@@ -192,7 +215,8 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> bool:
             evaluation_due = due(step, settings.eval.every, last_step)
             # Also before an evaluation: it may take longer than a machine is granted.
             if evaluation_due or due(step, settings.checkpoint.every_steps, last_step):
-                progress.print_pending()  # a saved step must not miss in metrics.jsonl
+                # A saved step must not miss in metrics.jsonl, and no trouble is saved.
+                guard.add(progress.print_pending(), state)
                 checkpoints.save(state, step)
             if evaluation_due:
                 if not evaluator.run(student(settings, step), state.student, stop_asked):
@@ -202,6 +226,12 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> bool:
     if distributed.is_first():
         write_json(workdir.summary, summarise(workdir.eval))  # marks the run as finished
     return True
+
+
+def warn(sentences: Sequence[str]) -> None:
+    """Prints each as a warning."""
+    for sentence in sentences:
+        print(f"warning: {sentence}", flush=True)
 
 
 def stopped(step: int) -> bool:
