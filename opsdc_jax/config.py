@@ -114,10 +114,10 @@ def default_config() -> ConfigDict:
     config.guards.nonfinite_steps = 3  # in a row that were skipped: loss or gradient not finite
     # Steps whose median is compared with earlier ones' of the run: one odd batch is no trouble
     config.guards.window = 3
-    config.guards.rise = 2.0  # times the run's lowest, of length and entropy: training lowers them
+    config.guards.rise = 2.0  # times the run's own, of length and entropy: training lowers both
     config.guards.fall = 0.1  # of the run's start, of length and entropy: far under healthy runs'
-    # Of a step's rollouts, over the run's lowest: truncated, or ending in a loop
-    config.guards.share_rise = 0.3
+    # Of a step's rollouts, over the run's own: truncated, or in loops. 30% of 32 are 30% +- 8%
+    config.guards.share_rise = 0.4
     config.guards.gap = 0.1  # nats a token, |sampler's - trainer's log-prob|: far over bf16's error
 
     config.log = ConfigDict()

@@ -101,9 +101,10 @@ def test_healthy_runs_pass(series):
         ({"student_entropy": (0.3, 0.3, 0.02, 0.02, 0.01)}, 4, "student_entropy"),
         ({"student_entropy": (0.132, 0.083, 0.270, 1.03, 2.0)}, 4, "student_entropy"),
         ({"response_tokens": (90, 80, 70, 60, 150, 160, 160)}, 7, "response_tokens"),
+        ({"response_tokens": (*range(100, 240, 5),)}, 25, "response_tokens"),
         ({"response_tokens": (90, 70, 40, 8, 4, 3, 2)}, 6, "response_tokens"),
-        ({"truncated": (0.1, 0.1, 0.1, 0.3, 0.5, 0.6)}, 6, "truncated"),
-        ({"repetition": (0.0, 0.0, 0.0, 0.2, 0.4, 0.5)}, 6, "repetition"),
+        ({"truncated": (0.1, 0.1, 0.1, 0.3, 0.6, 0.6)}, 6, "truncated"),
+        ({"repetition": (0.0, 0.0, 0.0, 0.2, 0.5, 0.5)}, 6, "repetition"),
         ({"logprob_gap_mean": (0.01, 0.01, 0.2, 0.2, 0.2)}, 4, "logprob_gap_mean"),
     ],
 )
@@ -177,7 +178,7 @@ def test_the_message_names_the_last_checkpoint_before_the_trouble(guard, tmp_pat
     made, saved = guard()
     _, message = feed(made, rows_of(**COLLAPSING))
     assert "step 18: the student's entropy rises: student_entropy is 0.086" in message
-    assert f"the last checkpoint from before is {tmp_path / '13'}:" in message
+    assert f"the last checkpoint from before is {tmp_path / '13'};" in message
     assert saved == []
 
 
