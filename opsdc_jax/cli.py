@@ -18,6 +18,7 @@ EXIT_DONE = 0
 EXIT_FAILED = 1  # an error that is ours, with a traceback
 EXIT_BAD_INPUT = 2  # one sentence on standard error says what to change
 EXIT_STOPPED = 3  # asked to stop; started again, it continues
+EXIT_GUARD = 4  # a guard stopped the run: one sentence on standard error says why
 
 _HELP = {"--help", "-help", "-h"}
 _OVERRIDE = re.compile(r"--?config\.([^=]+)")

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 DIVERGENCE_NAMES = ("reverse_kl", "forward_kl", "jsd")
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "attention", "dots")
+GUARD_ACTIONS = ("stop", "warn")
 ATTENTION_NAMES = ("auto", "dense", "blockwise", "splash", "cudnn")
 
 
@@ -110,6 +111,17 @@ def default_config() -> ConfigDict:
     # Newest ones kept, besides that of the best student evaluated; 1 leaves none to fall back to
     config.checkpoint.keep = 2
 
+    config.guards = ConfigDict()  # margins over healthy runs: docs/reliability.md
+    config.guards.action = "stop"  # or "warn", once for each trouble that begins
+    config.guards.nonfinite_steps = 3  # in a row that were skipped: loss or gradient not finite
+    # Steps whose median is compared with earlier ones' of the run: one odd batch is no trouble
+    config.guards.window = 3
+    config.guards.rise = 2.0  # times the run's own, of length and entropy: training lowers both
+    config.guards.fall = 0.1  # of the run's start, of length and entropy: far under healthy runs'
+    # Of a step's rollouts, over the run's own: truncated, or in loops. 30% of 32 are 30% +- 8%
+    config.guards.share_rise = 0.4
+    config.guards.gap = 0.1  # nats a token, |sampler's - trainer's log-prob|: far over bf16's error
+
     config.log = ConfigDict()
     config.log.samples_every = 10  # steps between rollouts written to samples/; 0 = first and last
     config.log.samples = 4  # rollouts written each time
@@ -132,6 +144,9 @@ _AT_LEAST_ONE = (
     "eval.batch_size",
     "eval.max_response_tokens",
     "checkpoint.keep",
+    "guards.nonfinite_steps",
+    "guards.window",
+    "guards.gap",
 )
 _NOT_NEGATIVE = (
     "seed",
@@ -158,6 +173,7 @@ _CHOICES = {
     "model.attention": ATTENTION_NAMES,
     "model.remat": REMAT_POLICIES,
     "loss.divergence": DIVERGENCE_NAMES,
+    "guards.action": GUARD_ACTIONS,
 }
 
 
@@ -183,6 +199,9 @@ def validate(config: ConfigDict) -> None:
         _require(config, key, lambda value: 0 < value <= 1, "must be above 0 and at most 1")
     for key in ("optim.b1", "optim.b2"):
         _require(config, key, lambda value: 0 <= value < 1, "must be in [0, 1)")
+    _require(config, "guards.rise", lambda value: value > 1, "must be above 1")
+    for key in ("guards.fall", "guards.share_rise"):
+        _require(config, key, lambda value: 0 < value < 1, "must be between 0 and 1")
     if config.eval.samples > 1 and config.eval.temperature == 0:
         raise InputError(
             f"eval.samples={config.eval.samples} at eval.temperature=0 would all be the same: take "

@@ -60,7 +60,8 @@ class TrainStep(NamedTuple):
       accumulate: (student, teacher, accumulator, DistillBatch) -> accumulator; donates the old one.
       single: (student, teacher, DistillBatch) -> accumulator, of a step that is one micro-batch: no
         accumulator lies beside its gradients.
-      apply: (state, accumulator) -> (state, metrics); donates the state.
+      apply: (state, accumulator) -> (state, metrics); donates the state. Where loss or gradient
+        is not finite, the step is skipped: only its number changes, and `skipped` is 1.
       refresh: (student, teacher) -> teacher; writes into the teacher's own buffers.
     """
 
@@ -181,13 +182,21 @@ def make_train_step(
         updates, optimizer_state = optimizer.update(gradients, moments, state.student)
         student = optax.apply_updates(state.student, updates)
         sums = accumulator.sums
+        loss, norm = sums.divergence / tokens, optax.tree.norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        student, optimizer_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (student, optimizer_state),
+            (state.student, moments),
+        )
         metrics = {
-            "loss": sums.divergence / tokens,
+            "loss": loss,
             "student_entropy": sums.student_entropy / tokens,
             "teacher_entropy": sums.teacher_entropy / tokens,
             "logprob_gap_mean": sums.gap / tokens,
             "logprob_gap_max": sums.gap_max,
-            "grad_norm": optax.tree.norm(gradients),
+            "grad_norm": norm,
+            "skipped": ~finite,
         }
         state = dataclasses.replace(
             state, student=student, optimizer=optimizer_state, step=state.step + 1

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import pathlib
 import secrets
 from collections.abc import Sequence
@@ -132,13 +133,13 @@ class MetricsFile:
         if missing:
             print(f"{path} is damaged: it lacks {len(missing)} steps, the first is {min(missing)}")
         # Replaced in one go: a crash here must not cost the history.
-        write_json_lines(path, kept)
+        write_json_lines(path, map(_finite, kept))
         with writing(path):
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         with writing(self._path):
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
             self._file.flush()
             for mirror in self._mirrors:
                 mirror.write(row)
@@ -157,14 +158,23 @@ def _rows_until(path: pathlib.Path, last_step: int) -> list[dict[str, Any]]:
     return [row for row in read_metrics(path) if row["step"] <= last_step]
 
 
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as JSON can hold it, which has no NaN and no infinity: None stands for them."""
+    return {name: value if math.isfinite(value) else None for name, value in row.items()}
+
+
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; none if it does not exist. A torn last line is dropped."""
+    """The rows of a metrics file; none if it does not exist. A torn last line is dropped.
+
+    A value that was not finite is NaN.
+    """
     if not path.exists():
         return []
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
+            values = json.loads(line).items()
+            rows.append({name: math.nan if value is None else value for name, value in values})
         except json.JSONDecodeError:  # the process died while writing it
             break
     return rows

@@ -64,6 +64,8 @@ def prepare(settings: ConfigDict) -> Parts:
     for key in keys:
         sharding.check_divides(decoding, key, config.get(settings, key))
     prompts = Prompts(tokenizer, **settings.prompts)
+    stop_ids = hf.stop_token_ids(folder, tokenizer)
+    prompts.check_stop_ids(stop_ids)
     source, benchmarks = open_data(settings, prompts)
     sampler = Sampler(
         model=model,
@@ -71,7 +73,7 @@ def prepare(settings: ConfigDict) -> Parts:
         prompt_buckets=rollout.length_buckets(settings.sampler.max_prompt_tokens),
         response_width=settings.sampler.max_response_tokens,
         vocab_size=len(tokenizer),
-        stop_ids=hf.stop_token_ids(folder, tokenizer),
+        stop_ids=stop_ids,
         pad_id=tokenizer.pad_token_id,
         slots=settings.sampler.slots,
     )

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from opsdc_jax.measures import is_repetitive
 from opsdc_jax.metrics import MetricsFile
 from opsdc_jax.rollout import Rollout
 
@@ -39,15 +40,16 @@ class Progress:
             "step": step,
             "response_tokens": float(np.mean(sampled.lengths_B)),
             "truncated": float(1 - np.mean(sampled.stopped_B)),
+            "repetition": repetition(sampled),
             "tokens_per_s": int(np.sum(sampled.lengths_B)),  # divided when the duration is known
             "compilations": compilations,
         }
         self._pending = row, metrics
 
-    def print_pending(self) -> None:
-        """Waits for the step kept last, if any; writes and prints it."""
+    def print_pending(self) -> dict[str, Any] | None:
+        """Waits for the step kept last, if any; writes, prints and returns its row."""
         if self._pending is None:
-            return
+            return None
         row, metrics = self._pending
         self._pending = None
         row |= {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -61,9 +63,17 @@ class Progress:
         print(
             f"step {row['step']:>4}/{self._last_step}  loss {row['loss']:.4f}  "
             f"tokens {row['response_tokens']:7.1f}  entropy {row['student_entropy']:.3f}  "
-            f"{row['tokens_per_s']:8,.0f} tok/s  {seconds(left)} left",
+            f"{row['tokens_per_s']:8,.0f} tok/s  {seconds(left)} left"
+            + ("  skipped: not finite" if row.get("skipped") else ""),
             flush=True,
         )
+        return row
+
+
+def repetition(sampled: Rollout) -> float:
+    """Share of the rollouts that end in a loop."""
+    rows = zip(sampled.tokens_BxR, sampled.lengths_B, sampled.stopped_B, strict=True)
+    return float(np.mean([is_repetitive(ids[: length - stopped]) for ids, length, stopped in rows]))
 
 
 def seconds(duration: float) -> str:

@@ -5,7 +5,7 @@ instruction c (OPSDC, arXiv 2603.05433, section "Method" and its prompt appendix
 same generation prompt, so that the first response token means the same on both sides.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +152,31 @@ class Prompts:
     def teacher(self, problem: str) -> list[int]:
         """Token ids of the prompt under the conciseness instruction, same ending."""
         return self._encode(self._teacher_message(problem), self._teacher_thinking)
+
+    def check_stop_ids(self, stop_ids: Sequence[int]) -> None:
+        """Refuses stop ids without the token that the chat template ends an answer with.
+
+        A model made for that template ends its responses so, and no sampler would see it. A
+        template that writes no control token there says nothing.
+
+        Raises:
+          InputError: naming both.
+        """
+        answer = "probe"
+        text = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}],
+            tokenize=False,
+        )
+        ending = self._tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+        control_ids = set(self._tokenizer.get_added_vocab().values())
+        end_of_turn = next((token for token in ending if token in control_ids), None)
+        if end_of_turn is not None and end_of_turn not in stop_ids:
+            raise InputError(
+                f"the chat template ends an answer with {end_of_turn} "
+                f"({self._tokenizer.convert_ids_to_tokens(end_of_turn)}), which is not among the "
+                f"ids that end a response, {list(stop_ids)}: correct eos_token in "
+                "tokenizer_config.json and eos_token_id in generation_config.json"
+            )
 
     def rejection(self, problem: str, max_tokens: int) -> str | None:
         """Why a problem cannot be used, or None: prompts are dropped, never cut or cleaned."""

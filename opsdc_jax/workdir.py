@@ -12,9 +12,9 @@ from opsdc_jax.files import read_json, write_json, writing
 from opsdc_jax.results import SUMMARY
 
 # Keys in which a run that continues may differ: where and in which portions it computes, and what
-# it logs. Results stay the same, but for roundings.
+# it logs, and what the guards make of it. Results stay the same, but for roundings.
 _FREE = re.compile(
-    r"(mesh|log|checkpoint)\.|(train\.micro_batch_size|eval\.batch_size|sampler\.slots"
+    r"(mesh|log|checkpoint|guards)\.|(train\.micro_batch_size|eval\.batch_size|sampler\.slots"
     r"|optim\.offload|loss\.chunk_tokens|model\.remat|model\.attention)$"
 )
 

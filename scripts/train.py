@@ -9,7 +9,9 @@ them stops the run after its step, with a checkpoint; a second one ends that pro
 
 Exit codes: 0 done; 1 an unexpected error (with a traceback); 2 bad input, or a full or protected
 disk (one sentence says what to change); 3 stopped when asked to, the same command continues;
-130, 143 ended by a second SIGINT, SIGTERM, the same command continues from the last checkpoint.
+4 stopped by a guard (one sentence says why, and names the last good checkpoint), the same command
+stops again, unless with --config.guards.action=warn; 130, 143 ended by a second SIGINT, SIGTERM,
+the same command continues from the last checkpoint.
 """
 
 import contextlib
@@ -29,6 +31,7 @@ from opsdc_jax import (
     config,
     distill,
     distributed,
+    guards,
     report,
     results,
     rollout,
@@ -37,7 +40,13 @@ from opsdc_jax import (
 )
 from opsdc_jax.evaluate import Evaluator, System
 from opsdc_jax.files import read_json, write_json
-from opsdc_jax.metrics import CompileCounter, MetricsFile, check_mirrors, open_mirrors
+from opsdc_jax.metrics import (
+    CompileCounter,
+    MetricsFile,
+    check_mirrors,
+    open_mirrors,
+    read_metrics,
+)
 from opsdc_jax.models import weights
 from opsdc_jax.parts import Parts, describe, prepare
 from opsdc_jax.progress import Progress
@@ -69,8 +78,13 @@ def main(argv: Sequence[str]) -> int:
             distributed.first_does(workdir.create)
             cli.use_compilation_cache()
             describe(args.config, parts, workdir.path)
-            if not train(args.config, parts, workdir, stop_asked):
-                return cli.EXIT_STOPPED
+            warn(guards.risky_settings(args.config))
+            try:
+                if not train(args.config, parts, workdir, stop_asked):
+                    return cli.EXIT_STOPPED
+            except guards.GuardError as error:
+                print(f"stopped by a guard: {error}", file=sys.stderr)
+                return cli.EXIT_GUARD
     if distributed.is_first():
         print(f"\n{report.tables(read_json(workdir.summary))}")
         print(f"\n{report.write(workdir.path)}\neverything is in {workdir.path}")
@@ -88,6 +102,9 @@ def train(
 
     Returns:
       False if it was asked to stop before the last step.
+
+    Raises:
+      GuardError: a guard stopped it.
     """
     compilations = CompileCounter()
     jitted = distill.make_train_step(
@@ -130,6 +147,9 @@ def train(
             mirrors = open_mirrors(workdir.path, settings, first_step)
             metrics_file = stack.enter_context(MetricsFile(workdir.metrics, first_step, mirrors))
         progress = Progress(metrics_file, last_step)
+        done = [row for row in read_metrics(workdir.metrics) if row["step"] <= first_step]
+        guard = guards.Guard(settings.guards, done, workdir.checkpoints, checkpoints.save)
+        guard.check()
 
         if first_step:
             state = checkpoints.restore(first_step, like=jitted.like)
@@ -148,12 +168,14 @@ def train(
             if not evaluator.run(system, state.student, stop_asked):
                 return stopped(first_step)
         checkpoints.best = distributed.first_does(lambda: best_student(workdir.eval))
+        if not first_step and distributed.is_first():
+            warn(guards.short_budgets(workdir.eval, settings.eval.max_response_tokens))
 
         progress.restart_clock()
         began = time.perf_counter()
         for step in range(first_step + 1, last_step + 1):
             if stop_asked():
-                progress.print_pending()
+                guard.add(progress.print_pending(), state)
                 if step - 1 > first_step:
                     checkpoints.save(state, step - 1)
                 return stopped(step - 1)
@@ -163,7 +185,8 @@ def train(
                 teacher_prompts = [parts.prompts.teacher(e.problem) for e in examples]
                 keys = sequence_keys(settings.seed, TRAIN_STREAM, step, np.arange(batch_size))
                 sampled = parts.sampler(state.student, student_prompts, keys, sampling)
-                progress.print_pending()  # the last step's metrics, while this step's rollout runs
+                # The last step's metrics, while this step's rollout runs.
+                guard.add(progress.print_pending(), state)
                 sampled = jax.device_get(sampled)
                 if step == 1 or due(step, settings.log.samples_every, last_step):
                     # Before the update: by the very student that sampled, and its teacher.
@@ -207,7 +230,8 @@ def train(
             save_due |= checkpoints.overdue(settings.checkpoint.every_minutes)
             # Also before an evaluation: it may take longer than a machine is granted.
             if evaluation_due or save_due:
-                progress.print_pending()  # a saved step must not miss in metrics.jsonl
+                # A saved step must not miss in metrics.jsonl, and no trouble is saved.
+                guard.add(progress.print_pending(), state)
                 checkpoints.save(state, step)
             if evaluation_due:
                 if not evaluator.run(student(settings, step), state.student, stop_asked):
@@ -225,6 +249,12 @@ def remove_later(workdir: Workdir, step: int) -> None:
     """Deletes what steps after `step` left: they are run again. metrics.jsonl is cut on opening."""
     results.remove_later_students(workdir.eval, step)
     samples.remove_later(workdir.samples, step)
+
+
+def warn(sentences: Sequence[str]) -> None:
+    """Prints each as a warning."""
+    for sentence in sentences:
+        print(f"warning: {sentence}", flush=True)
 
 
 def stopped(step: int) -> bool:

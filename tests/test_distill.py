@@ -304,3 +304,24 @@ def buffers(params):
 
 def trees_equal(left, right):
     return jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), left, right))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(jitted, student, whole, where):
+    state, metrics = jitted.apply(jitted.init(copy(student)), whole)
+    assert not metrics["skipped"]
+    if where == "loss":
+        bad = dataclasses.replace(whole, sums=whole.sums._replace(divergence=jnp.float32(jnp.nan)))
+    else:
+        gradients = copy(whole.gradients)
+        gradients["embedding"] = gradients["embedding"].at[3, 5].set(jnp.inf)
+        bad = dataclasses.replace(whole, gradients=gradients)
+    before = jax.device_get(state)
+    after, metrics = jitted.apply(state, bad)
+    assert metrics["skipped"]
+    for part in ("student", "teacher", "optimizer"):
+        assert trees_equal(getattr(after, part), getattr(before, part))
+    assert int(after.step) == 2
+    after, metrics = jitted.apply(after, whole)
+    assert not metrics["skipped"]
+    assert not trees_equal(after.student, before.student)

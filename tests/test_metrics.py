@@ -1,6 +1,7 @@
 """metrics.jsonl survives resumes and torn lines; its mirrors; compilations are counted."""
 
 import importlib.util
+import math
 import struct
 import sys
 import types
@@ -46,6 +47,18 @@ def test_a_torn_last_line_is_dropped(tmp_path):
     assert len(read_metrics(tmp_path / "m.jsonl")) == 2
     write(tmp_path / "m.jsonl", 2, [3])
     assert [row["step"] for row in read_metrics(tmp_path / "m.jsonl")] == [1, 2, 3]
+
+
+def test_what_is_not_finite_is_null_in_the_file_and_nan_in_python(tmp_path):
+    path = tmp_path / "m.jsonl"
+    with MetricsFile(path, 0) as file:
+        file.write({"step": 1, "loss": math.nan, "grad_norm": math.inf})
+    for _ in range(2):  # the second time as rewritten by a run that continues
+        assert path.read_text() == '{"step": 1, "loss": null, "grad_norm": null}\n'
+        (row,) = read_metrics(path)
+        assert math.isnan(row["loss"])
+        assert math.isnan(row["grad_norm"])
+        MetricsFile(path, 1).__exit__()
 
 
 def test_no_file_means_no_rows(tmp_path):

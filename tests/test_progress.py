@@ -12,7 +12,8 @@ METRICS = {"loss": np.float32(0.5), "student_entropy": np.float32(0.25)}
 
 
 def sampled(lengths, stopped):
-    return Rollout(None, np.array(lengths), np.array(stopped), None)
+    tokens = np.arange(2 * max(lengths)).reshape(2, -1)
+    return Rollout(tokens, np.array(lengths), np.array(stopped), None)
 
 
 def test_a_step_is_written_when_it_is_fetched_and_only_once(tmp_path, capsys, monkeypatch):
@@ -20,16 +21,18 @@ def test_a_step_is_written_when_it_is_fetched_and_only_once(tmp_path, capsys, mo
     monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
     with MetricsFile(tmp_path / "m.jsonl", last_step=0) as file:
         shown = Progress(file, last_step=4)
-        shown.print_pending()
+        assert shown.print_pending() is None
         shown.add(1, METRICS, sampled([10, 30], [True, False]), compilations=3)
         assert read_metrics(tmp_path / "m.jsonl") == []
-        shown.print_pending()
-        shown.print_pending()
+        row = shown.print_pending()
+        assert shown.print_pending() is None
+    assert [row] == read_metrics(tmp_path / "m.jsonl")
     assert read_metrics(tmp_path / "m.jsonl") == [
         {
             "step": 1,
             "response_tokens": 20.0,
             "truncated": 0.5,
+            "repetition": 0.0,
             "tokens_per_s": 20.0,
             "compilations": 3,
             "loss": 0.5,
@@ -40,6 +43,13 @@ def test_a_step_is_written_when_it_is_fetched_and_only_once(tmp_path, capsys, mo
     assert printed.count("\n") == 1
     assert "step    1/4  loss 0.5000" in printed
     assert "0:06 left" in printed
+
+
+def test_repetition_is_the_share_of_loops_without_the_stop_token():
+    tokens = np.full((3, 64), 7)
+    tokens[0], tokens[1, 50] = np.arange(64), 2
+    rollout = Rollout(tokens, np.array([64, 51, 47]), np.array([False, True, False]), None)
+    assert progress.repetition(rollout) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(

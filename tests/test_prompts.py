@@ -159,3 +159,18 @@ def test_a_template_with_one_mode(opening):
                 allow_different_thinking=True,
                 **{f"{name}_thinking": False},
             )
+
+
+def test_stop_ids_must_hold_what_ends_an_answer():
+    prompts = Prompts(TOKENIZER, template="tiny", instruction="v1")
+    end = TOKENIZER.eos_token_id
+    prompts.check_stop_ids([end + 1, end])
+    with pytest.raises(InputError, match=rf"with {end} \(<\|im_end\|>\), .* \[0, 1\]: correct"):
+        prompts.check_stop_ids((0, 1))
+
+
+def test_a_template_without_an_end_of_turn_says_nothing_on_stop_ids(monkeypatch):
+    prompts = Prompts(TOKENIZER, template="tiny", instruction="v1")
+    text = "<|im_start|> user question <|im_start|> assistant probe"
+    monkeypatch.setattr(TOKENIZER, "apply_chat_template", lambda *_, **__: text)
+    prompts.check_stop_ids((0, 1))

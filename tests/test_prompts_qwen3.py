@@ -5,6 +5,7 @@ import json
 import pytest
 from helpers import ROOT
 
+from opsdc_jax.config import InputError
 from opsdc_jax.models import hf
 from opsdc_jax.prompts import Prompts
 
@@ -67,3 +68,11 @@ def test_tokens_are_those_of_transformers_on_all_of_math500(tokenizer, thinking)
                 return_dict=True,
             )
             assert ids == expected["input_ids"]
+
+
+def test_the_end_of_an_answer_is_among_qwen3s_stop_ids(tokenizer):
+    prompts = Prompts(tokenizer, template="dapo", instruction="v1")
+    end_of_turn, end_of_text = 151645, 151643
+    prompts.check_stop_ids([end_of_turn, end_of_text])
+    with pytest.raises(InputError, match=r"with 151645 \(<\|im_end\|>\), .* \[151643\]"):
+        prompts.check_stop_ids([end_of_text])
