@@ -11,8 +11,8 @@ by a guard; `fires` and `step` are the guards that fire first, and where.
   would have come.
 - optim.lr=2e-2: a hundred times the demo's.
 - wrong end: a base whose files name another end-of-sequence token than its chat template writes.
-- noise: no run, but what batches of some size would show by chance alone: `false_alarms` is the
-  share of 200 simulated runs of 100 steps in which nothing changes and a guard still fires.
+- noise: no run, but what batches show by chance alone. `false_alarms` is the share
+  of 200 simulated runs of 100 steps, in which nothing changes, where a guard still fires.
 """
 
 import json
