@@ -4,11 +4,12 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 import jax
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from opsdc_jax.config import InputError, default_config, flatten, unknown_key
 
@@ -52,6 +53,7 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> flags.FlagValues:
       InputError: unknown flag or configuration key (the nearest known one is named), a value of
         the wrong type, or a configuration file that cannot be loaded.
     """
+    _define_debug(values)
     if _HELP & set(argv[1:]):
         print(values.get_help())
         raise SystemExit(EXIT_DONE)
@@ -60,49 +62,87 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> flags.FlagValues:
         override = _OVERRIDE.match(argument)
         if override and override[1] not in known:
             raise InputError(unknown_key(override[1]))
+    path = config_path(argv) if "config" in values else None
+    if path is not None:
+        _check_is_file(path)
     try:
         rest = values(list(argv))
-        if "config" in values:
-            if values.config is None:
-                raise InputError("--config FILE is required, for instance --config configs/tiny.py")
-            flatten(values.config)  # a file that could not be loaded only complains when it is used
-    except InputError:
-        raise
+        if path is not None:
+            values.config  # noqa: B018 (a file that could not be loaded only complains when used)
     except flags.Error as error:
-        raise InputError(_sentence(error)) from None
-    except Exception as error:  # whatever a configuration file of the user's may do
+        if path is None or not _comes_from_a_file(error):
+            raise InputError(_sentence(error)) from None
+        raise InputError(_not_loaded(path, error)) from error
+    # Whatever a configuration file of the user's may do, leaving the process included.
+    except (Exception, SystemExit) as error:
+        raise InputError(_not_loaded(path, error)) from error
+    if "config" in values and not isinstance(values.config, ConfigDict):
+        if path is None:
+            raise InputError("--config FILE is required, for instance --config configs/tiny.py")
         raise InputError(
-            f"the configuration file cannot be loaded: {type(error).__name__}: {_sentence(error)}"
-        ) from None
+            f"--config={path}: get_config() returned {type(values.config).__name__}, not a "
+            "ConfigDict: let it return what default_config() gave, changed"
+        )
     if len(rest) > 1:
         raise InputError(f"unexpected argument {rest[1]!r}: options start with --")
     return values
 
 
-def _sentence(error: Exception) -> str:
+def _define_debug(values: flags.FlagValues) -> None:
+    flags.DEFINE_bool("debug", False, "show the traceback of bad input too", flag_values=values)
+
+
+def _check_is_file(path: str) -> None:
+    if not os.path.isfile(path):
+        reason = (
+            "is no Python file" if os.path.exists(path) else "does not exist: there is no such file"
+        )
+        raise InputError(f"--config={path} {reason}; give one such as configs/tiny.py")
+
+
+def _comes_from_a_file(error: BaseException) -> bool:
+    return "File " in str(error)  # a line of a traceback, which absl puts into its message
+
+
+def _not_loaded(path: str | None, error: BaseException) -> str:
+    """What to tell about a configuration file that raised."""
+    message = _sentence(error)
+    kind = "" if isinstance(error, flags.Error) else f"{type(error).__name__}: "
+    return f"--config={path} cannot be loaded: {kind}{message}"
+
+
+def _sentence(error: BaseException) -> str:
     """An error's message on one line; of a traceback in it, only the end."""
     message = str(error).rpartition("Traceback (most recent call last)")[2].strip()
     return (
         " ".join(message.splitlines()[-1].split())
-        if "File " in message
+        if _comes_from_a_file(error)
         else " ".join(message.split())
     )
 
 
-def config_name(argv: Sequence[str]) -> str:
-    """The stem of the configuration file named in `argv`."""
+def config_path(argv: Sequence[str]) -> str | None:
+    """The configuration file named in `argv`, the last one as for every flag; None without."""
+    found = None
     for index, argument in enumerate(argv):
         if argument in ("--config", "-config"):
-            return pathlib.Path(argv[index + 1]).stem
-        if argument.startswith(("--config=", "-config=")):
-            return pathlib.Path(argument.partition("=")[2]).stem
-    return "run"
+            found = argv[index + 1] if index + 1 < len(argv) else None
+        elif argument.startswith(("--config=", "-config=")):
+            found = argument.partition("=")[2]
+    return found
+
+
+def config_name(argv: Sequence[str]) -> str:
+    """The stem of the configuration file named in `argv`."""
+    path = config_path(argv)
+    return "run" if path is None else pathlib.Path(path).stem
 
 
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Calls a script's main and turns bad input into one sentence and exit code 2.
 
-    With --help, the script's docstring and its flags are printed instead.
+    With --help, the script's docstring and its flags are printed instead; with --debug, bad input
+    shows where it was found as well.
     """
     argv = sys.argv if argv is None else argv
     if _HELP & set(argv[1:]):
@@ -110,5 +150,19 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None)
     try:
         return main(argv)
     except InputError as error:
+        if _is_debug(argv):
+            error.__suppress_context__ = False  # the error that it was made of, too
+            traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+
+
+def _is_debug(argv: Sequence[str]) -> bool:
+    """Whether --debug is switched on, in whatever spelling; the other flags may be wrong."""
+    values = flags.FlagValues()
+    _define_debug(values)
+    try:
+        values(["", *(argument for argument in argv if "debug" in argument)], known_only=True)
+    except flags.Error:
+        return False
+    return values.debug

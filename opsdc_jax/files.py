@@ -2,13 +2,26 @@
 
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from opsdc_jax.config import InputError
 
+LONGEST_LINE = 2**24  # bytes: no problem and no response is that long
 _PROBE_BYTES, _PROBES = 4096, 64  # of each file that is fingerprinted
+
+
+def check_regular(path: str | pathlib.Path) -> None:
+    """Refuses what would never end, or never begin: a pipe, a device, a folder.
+
+    Raises:
+      InputError: the path exists and is no ordinary file.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "a pipe or a device"
+        raise InputError(f"{path} cannot be read: it is {kind}, give an ordinary file")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -17,11 +30,13 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     Raises:
       InputError: the file is missing, damaged, or holds something else than an object.
     """
+    check_regular(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    # ValueError: JSON or Unicode that is none, numbers of thousands of digits.
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} does not hold a JSON object")
@@ -39,12 +54,13 @@ def read_json_lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     Raises:
       InputError: the file is missing, or a line is damaged.
     """
+    check_regular(path)
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 try:
                     value = json.loads(line)
-                except json.JSONDecodeError:
+                except (ValueError, RecursionError):
                     value = None
                 if not isinstance(value, dict):
                     raise InputError(f"{path}:{number} does not hold a JSON object")

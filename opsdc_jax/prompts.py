@@ -11,7 +11,12 @@ from typing import Any
 
 from opsdc_jax.config import InputError
 
+CONTROL_TOKEN = "the text contains a control token of the chat template"
+"""Why a problem is left out: the model would read part of it as the end of the user's message."""
 _PERCENTS = (20, 50, 80)
+# No token of Qwen3 stands for more characters. A text beyond that many a token of the budget need
+# not be tokenized, which takes minutes and gigabytes where a text has 100 MB.
+_LONGEST_TOKEN = 128
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,9 @@ class Prompts:
     def rejection(self, problem: str, max_tokens: int) -> str | None:
         """Why a problem cannot be used, or None: prompts are dropped, never cut or cleaned."""
         if self._has_control_token(problem):
-            return "the text contains a control token of the chat template"
+            return CONTROL_TOKEN
+        if len(problem) > _LONGEST_TOKEN * max_tokens:
+            return f"a prompt is over {max_tokens} tokens"
         longest = max(len(self.student(problem)), len(self.teacher(problem)))
         return f"a prompt is over {max_tokens} tokens" if longest > max_tokens else None
 

@@ -53,10 +53,13 @@ def resolve_folder(path: str) -> pathlib.Path:
       InputError: neither a folder nor a hub id that can be had.
     """
     folder = tiny.BASE_FOLDER if path == "tiny" else pathlib.Path(path)
-    if folder.is_dir():
+    if path and os.path.isdir(folder):  # which no name upsets, however long
         return folder
     if not _HUB_ID.fullmatch(path):
-        raise InputError(f"model.path={path!r} is neither a folder nor a hub id")
+        raise InputError(
+            f"model.path={path[:200]!r} is neither a folder nor a hub id: give the folder of a "
+            "model, OWNER/NAME, or tiny"
+        )
     repository, _, revision = path.partition("@")
     try:
         snapshot = huggingface_hub.snapshot_download(
