@@ -180,12 +180,19 @@ class Prompts:
         return message.replace("{problem}", problem)
 
     def _render(self, message: str, thinking: bool, generation_prompt: bool = True) -> str:
-        return self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}],
-            add_generation_prompt=generation_prompt,
-            enable_thinking=thinking,
-            tokenize=False,
-        )
+        try:
+            return self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": message}],
+                add_generation_prompt=generation_prompt,
+                enable_thinking=thinking,
+                tokenize=False,
+            )
+        except Exception as error:  # whatever a template may do
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"the chat template cannot be rendered ({type(error).__name__}: {reason}): use the "
+                "template of a chat model"
+            ) from error
 
     def _encode(self, message: str, thinking: bool) -> list[int]:
         text = self._render(message, thinking)
