@@ -180,7 +180,7 @@ def validate(config: ConfigDict) -> None:
     for key in known.keys() - given.keys():
         raise InputError(f"config.{key} is missing: start from default_config()")
     for key, value in given.items():
-        _check_kind(key, value, type(known[key]))
+        check_kind(key, value, type(known[key]))
     for key in _AT_LEAST_ONE:
         _require(config, key, lambda value: value > 0, "must be positive")
     for key in _NOT_NEGATIVE:
@@ -212,7 +212,7 @@ def validate(config: ConfigDict) -> None:
         )
 
 
-def _check_kind(key: str, value: Any, kind: type) -> None:
+def check_kind(key: str, value: Any, kind: type) -> None:
     """Refuses what is not of the default's type, and numbers that cannot be computed with."""
     fits = isinstance(value, (int, float) if kind is float else kind)
     if kind is not bool and isinstance(value, bool):  # which Python counts among the integers

@@ -1,10 +1,12 @@
 """JSON files: read with a clear error, written in one go."""
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from opsdc_jax.config import InputError
@@ -48,8 +50,36 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     _replace(path, [json.dumps(value, indent=2) + "\n"])
 
 
-def read_json_lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+Fields = Mapping[str, type | tuple[type, ...]]
+"""Name -> the type(s) of its value."""
+NO_FIELDS: Fields = MappingProxyType({})
+
+
+def check_fields(place: str | pathlib.Path, value: Mapping[str, Any], fields: Fields) -> None:
+    """Refuses an object that lacks a field, or whose field is of another type.
+
+    Args:
+      place: "FILE" or "FILE:LINE", for the message.
+
+    Raises:
+      InputError: naming the field.
+    """
+    for name, kind in fields.items():
+        if name not in value:
+            raise InputError(f"{place} lacks {name!r}: it is damaged, or of another version")
+        given, kinds = value[name], kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(given, kinds) or (isinstance(given, bool) and bool not in kinds):
+            raise InputError(
+                f"{place} holds {name!r} of type {type(given).__name__}: it is damaged, or of "
+                "another version"
+            )
+
+
+def read_json_lines(path: pathlib.Path, fields: Fields = NO_FIELDS) -> Iterator[dict[str, Any]]:
     """The objects of a file that holds one a line, one after the other.
+
+    Args:
+      fields: that every object must have.
 
     Raises:
       InputError: the file is missing, or a line is damaged.
@@ -64,6 +94,7 @@ def read_json_lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
                     value = None
                 if not isinstance(value, dict):
                     raise InputError(f"{path}:{number} does not hold a JSON object")
+                check_fields(f"{path}:{number}", value, fields)
                 yield value
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
@@ -76,9 +107,14 @@ def write_json_lines(path: pathlib.Path, values: Iterable[Any]) -> None:
 
 def _replace(path: pathlib.Path, texts: Iterable[str]) -> None:
     temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(texts)
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(texts)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):  # where there is no room, none is to be taken
+            temporary.unlink()
+        raise
 
 
 def fingerprint(paths: Iterable[pathlib.Path]) -> str:

@@ -160,6 +160,8 @@ class Prompts:
 
     def rejection(self, problem: str, max_tokens: int) -> str | None:
         """Why a problem cannot be used, or None: prompts are dropped, never cut or cleaned."""
+        if not problem.strip():
+            return "the text is empty"
         if self._has_control_token(problem):
             return CONTROL_TOKEN
         if len(problem) > _LONGEST_TOKEN * max_tokens:
@@ -196,7 +198,8 @@ class Prompts:
 
     def _encode(self, message: str, thinking: bool) -> list[int]:
         text = self._render(message, thinking)
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        # verbose=False: whether a prompt is too long is for `rejection` to say.
+        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _check_endings(self, allow_different_thinking: bool) -> None:
         probe = "probe"

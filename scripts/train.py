@@ -68,7 +68,9 @@ def main(argv: Sequence[str]) -> int:
         if not train(args.config, parts, workdir):
             return cli.EXIT_STOPPED
     if distributed.is_first():
-        print(f"\n{report.tables(read_json(workdir.summary))}")
+        summary = read_json(workdir.summary)
+        results.check_summary(workdir.summary, summary)
+        print(f"\n{report.tables(summary)}")
         print(f"\n{report.write(workdir.path)}\neverything is in {workdir.path}")
     distributed.wait_for_all("the report is written")
     return cli.EXIT_DONE
