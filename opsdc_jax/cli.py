@@ -1,9 +1,11 @@
 """What the scripts share: flags, configuration overrides, exit codes."""
 
+import io
 import os
 import pathlib
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -12,6 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from opsdc_jax.config import InputError, default_config, flatten, unknown_key
+from opsdc_jax.files import user_cache
 
 EXIT_DONE = 0
 EXIT_FAILED = 1  # an error that is ours, with a traceback
@@ -25,12 +28,30 @@ _OVERRIDE = re.compile(r"--?config\.([^=]+)")
 def use_compilation_cache() -> None:
     """Keeps compiled programs on disk between runs, where JAX_COMPILATION_CACHE_DIR says.
 
-    By default that is opsdc_jax/ in the user's cache folder.
+    By default that is opsdc_jax/ in the user's cache folder, if that can be written.
+
+    Raises:
+      InputError: JAX_COMPILATION_CACHE_DIR cannot be written.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "opsdc_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if given and "://" in given:  # a bucket
+        return
+    folder = pathlib.Path(given) if given else user_cache()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if given:
+            raise InputError(
+                f"JAX_COMPILATION_CACHE_DIR={given} cannot be written ({error.strerror}): choose "
+                "another folder, or unset it"
+            ) from None
+        print(f"compiled programs are not kept: {folder} cannot be written ({error.strerror})")
+        return
+    if not given:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def config_flag_values(argv: Sequence[str]) -> flags.FlagValues:
@@ -145,6 +166,8 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None)
     shows where it was found as well.
     """
     argv = sys.argv if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without the character ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")
     if _HELP & set(argv[1:]):
         print(main.__globals__["__doc__"])
     try:

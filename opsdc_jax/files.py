@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +14,15 @@ from opsdc_jax.config import InputError
 
 LONGEST_LINE = 2**24  # bytes: no problem and no response is that long
 _PROBE_BYTES, _PROBES = 4096, 64  # of each file that is fingerprinted
+
+
+def user_cache() -> pathlib.Path:
+    """Where what can be made again is kept between runs: opsdc_jax/ in the user's cache folder."""
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    except RuntimeError:  # a user without a home, as in some containers
+        home = tempfile.gettempdir()
+    return pathlib.Path(home) / "opsdc_jax"
 
 
 def check_regular(path: str | pathlib.Path) -> None:

@@ -62,8 +62,8 @@ def main(argv: Sequence[str]) -> int:
     workdir = Workdir(beside_finished(path) if args.new_if_finished else path, args.config)
     if not is_finished(workdir.path):
         parts = prepare(args.config)
-        distributed.first_does(workdir.create)
         cli.use_compilation_cache()
+        distributed.first_does(workdir.create)
         describe(args.config, parts, workdir.path)
         if not train(args.config, parts, workdir):
             return cli.EXIT_STOPPED
