@@ -32,6 +32,7 @@ KNOWN: Mapping[str, Known] = {
     "gsm8k": Known("openai/gsm8k"),
     "mmlu": Known("cais/mmlu", ",".join(_MMLU_STEM)),
 }
+_LONGEST_NAME = 100  # of a folder; the report's figures add to it
 TINY = "tiny"
 """The embedded task: fresh problems of every level."""
 
@@ -123,4 +124,4 @@ def _plain_name(source: str) -> str:
     """A name for a table's folder: the last part of its path or id, in plain characters only."""
     last = source.partition("@")[0].rstrip("/").rpartition("/")[2]
     stem = re.sub(r"\.(jsonl|json|parquet)$", "", last, flags=re.IGNORECASE)
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", stem).strip("._") or "benchmark"
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", stem)[:_LONGEST_NAME].strip("._") or "benchmark"

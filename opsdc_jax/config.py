@@ -4,6 +4,7 @@
 """
 
 import difflib
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -167,6 +168,15 @@ _NOT_NEGATIVE = (
     "log.samples",
     "log.token_views",
 )
+# Beyond these a run would end in memory or in years, not in an error.
+_AT_MOST_A_MILLION = (
+    "train.batch_size",
+    "eval.batch_size",
+    "eval.samples",
+    "eval.samples_per_level",
+)
+_LARGEST = 2**31 - 1  # of every whole number: what counts on a device is int32
+_KINDS = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text"}
 _CHOICES = {
     "model.compute_dtype": DTYPES,
     "model.teacher_dtype": DTYPES,
@@ -188,13 +198,16 @@ def validate(config: ConfigDict) -> None:
         raise InputError(unknown_key(key))
     for key in known.keys() - given.keys():
         raise InputError(f"config.{key} is missing: start from default_config()")
+    for key, value in given.items():
+        check_kind(key, value, type(known[key]))
     for key in _AT_LEAST_ONE:
         _require(config, key, lambda value: value > 0, "must be positive")
     for key in _NOT_NEGATIVE:
         _require(config, key, lambda value: value >= 0, "must not be negative")
     for key, names in _CHOICES.items():
         _require(config, key, lambda value, names=names: value in names, f"is not one of {names}")
-    _require(config, "seed", lambda value: value < 2**31, "must be below 2**31")
+    for key in _AT_MOST_A_MILLION:
+        _require(config, key, lambda value: value <= 10**6, "must be at most 1,000,000")
     for key in ("sampler.top_p", "eval.top_p"):
         _require(config, key, lambda value: 0 < value <= 1, "must be above 0 and at most 1")
     for key in ("optim.b1", "optim.b2"):
@@ -219,6 +232,17 @@ def validate(config: ConfigDict) -> None:
             f"train.batch_size={batch} is not a multiple of sampler.slots={slots}: "
             f"choose slots that divide it, or 0 for the whole batch at once"
         )
+
+
+def check_kind(key: str, value: Any, kind: type) -> None:
+    """Refuses what is not of the default's type, and numbers that cannot be computed with."""
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if kind is not bool and isinstance(value, bool):  # which Python counts among the integers
+        fits = False
+    if not fits or (isinstance(value, float) and not math.isfinite(value)):
+        raise InputError(f"{key}={value!r} must be {_KINDS[kind]}")
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise InputError(f"{key}={value} must be at most {_LARGEST}")
 
 
 def _require(config: ConfigDict, key: str, holds: Any, message: str) -> None:

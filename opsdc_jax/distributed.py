@@ -8,6 +8,7 @@ written by all, each its own part, so the workdir must be a folder that all host
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -37,7 +38,7 @@ def initialize() -> None:
     JAX itself finds the rest. Processes other than the first print nothing from here on.
 
     Raises:
-      InputError: some of the three variables are set and some are not, or no numbers.
+      InputError: a variable says something that cannot be, or some of the three are missing.
     """
     if jax.distributed.is_initialized():
         return
@@ -62,6 +63,8 @@ def _explicit() -> tuple[str, int, int]:
         raise InputError(
             f"JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers, not {numbers}"
         ) from None
+    if not re.fullmatch(r".+:\d+", address):
+        raise InputError(f"JAX_COORDINATOR_ADDRESS={address!r} must be HOST:PORT")
     if not 0 <= number < count:
         raise InputError(f"JAX_PROCESS_ID={number} is not in 0..{count - 1} (JAX_NUM_PROCESSES)")
     return address, count, number
@@ -69,7 +72,10 @@ def _explicit() -> tuple[str, int, int]:
 
 def _named_by_slurm() -> bool:
     # SLURM_STEP_NODELIST: inside srun. A script of sbatch without it is one process.
-    return "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if "SLURM_STEP_NODELIST" in os.environ and not tasks.isdecimal():
+        raise InputError(f"SLURM_NTASKS={tasks!r} must be a whole number")
+    return "SLURM_STEP_NODELIST" in os.environ and int(tasks) > 1
 
 
 def _named_by_tpu() -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 
 from opsdc_jax.config import InputError
-from opsdc_jax.files import write_json_lines, writing
+from opsdc_jax.files import check_fields, check_regular, write_json_lines, writing
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
@@ -167,16 +167,27 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     """The rows of a metrics file; none if it does not exist. A torn last line is dropped.
 
     A value that was not finite is NaN.
+
+    Raises:
+      InputError: another line is damaged, or the file cannot be read.
     """
     if not path.exists():
         return []
+    check_regular(path)
+    try:
+        whole, _, _ = path.read_bytes().rpartition(b"\n")  # what follows was torn by a crash
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
         try:
-            values = json.loads(line).items()
-            rows.append({name: math.nan if value is None else value for name, value in values})
-        except json.JSONDecodeError:  # the process died while writing it
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number} does not hold a JSON object: remove this line")
+        check_fields(f"{path}:{number}", row, {"step": int})
+        rows.append({name: math.nan if value is None else value for name, value in row.items()})
     return rows
 
 

@@ -11,7 +11,12 @@ from typing import Any
 
 from opsdc_jax.config import InputError
 
+CONTROL_TOKEN = "the text contains a control token of the chat template"
+"""Why a problem is left out: the model would read part of it as the end of the user's message."""
 _PERCENTS = (20, 50, 80)
+# No token of Qwen3 stands for more characters. A text beyond that many a token of the budget need
+# not be tokenized, which takes minutes and gigabytes where a text has 100 MB.
+_LONGEST_TOKEN = 128
 
 
 @dataclass(frozen=True)
@@ -180,8 +185,12 @@ class Prompts:
 
     def rejection(self, problem: str, max_tokens: int) -> str | None:
         """Why a problem cannot be used, or None: prompts are dropped, never cut or cleaned."""
+        if not problem.strip():
+            return "the text is empty"
         if self._has_control_token(problem):
-            return "the text contains a control token of the chat template"
+            return CONTROL_TOKEN
+        if len(problem) > _LONGEST_TOKEN * max_tokens:
+            return f"a prompt is over {max_tokens} tokens"
         longest = max(len(self.student(problem)), len(self.teacher(problem)))
         return f"a prompt is over {max_tokens} tokens" if longest > max_tokens else None
 
@@ -198,16 +207,24 @@ class Prompts:
         return message.replace("{problem}", problem)
 
     def _render(self, message: str, thinking: bool, generation_prompt: bool = True) -> str:
-        return self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}],
-            add_generation_prompt=generation_prompt,
-            enable_thinking=thinking,
-            tokenize=False,
-        )
+        try:
+            return self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": message}],
+                add_generation_prompt=generation_prompt,
+                enable_thinking=thinking,
+                tokenize=False,
+            )
+        except Exception as error:  # whatever a template may do
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"the chat template cannot be rendered ({type(error).__name__}: {reason}): use the "
+                "template of a chat model"
+            ) from error
 
     def _encode(self, message: str, thinking: bool) -> list[int]:
         text = self._render(message, thinking)
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        # verbose=False: whether a prompt is too long is for `rejection` to say.
+        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _check_endings(self, allow_different_thinking: bool) -> None:
         probe = "probe"

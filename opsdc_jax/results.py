@@ -7,10 +7,33 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from opsdc_jax.config import InputError, differing_keys
-from opsdc_jax.files import read_json, read_json_lines, write_json, write_json_lines, writing
+from opsdc_jax.files import (
+    Fields,
+    check_fields,
+    read_json,
+    read_json_lines,
+    write_json,
+    write_json_lines,
+    writing,
+)
+from opsdc_jax.grading import SCORERS
 
 BASE, CONCISE, STUDENT = "base", "concise_prompt", "student"
 SUMMARY = "summary.json"
+_TEXT_FIELDS = dict.fromkeys(("problem", "gold", "level", "text"), str)
+_RESPONSE: Fields = {"index": int, "sample": int, "ids": list, "stopped": bool, **_TEXT_FIELDS}
+_SCORES: Fields = dict.fromkeys(SCORERS, bool)
+_GRADE: Fields = {
+    **{"level": str, "scores": dict},
+    **dict.fromkeys(("index", "sample", "tokens", "thinking_tokens", "answer_tokens"), int),
+    "doubt_words": int,
+    **dict.fromkeys(("truncated", "repetitive", "unparsed", "timed_out"), bool),
+}
+_SUMMARY: Fields = {
+    **dict.fromkeys(("settings", "systems"), dict),
+    **dict.fromkeys(("comparisons", "curve", "warnings"), list),
+}
+_FOLDER = re.compile(r"\w[\w.-]*")
 _STUDENT_STEP = re.compile(rf"{STUDENT}-(\d+)")
 
 
@@ -101,10 +124,20 @@ class SystemFiles(NamedTuple):
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The responses, one after the other: a whole file can be larger than memory likes."""
-        return read_json_lines(self.responses)
+        return read_json_lines(self.responses, _RESPONSE)
 
     def read_grades(self) -> list[dict[str, Any]]:
-        return list(read_json_lines(self.grades))
+        """At least one.
+
+        Raises:
+          InputError: the file is missing, empty or damaged.
+        """
+        rows = list(read_json_lines(self.grades, _GRADE))
+        for number, row in enumerate(rows, start=1):
+            check_fields(f"{self.grades}:{number}", row["scores"], _SCORES)
+        if not rows:
+            raise InputError(f"{self.grades} is empty: finish the evaluation first")
+        return rows
 
     def write_grades(self, rows: Iterable[Mapping[str, Any]]) -> None:
         write_json_lines(self.grades, rows)
@@ -113,6 +146,23 @@ class SystemFiles(NamedTuple):
         """Deletes all three."""
         for path in (self.grades, self.responses, self.settings):
             path.unlink(missing_ok=True)
+
+
+def check_summary(path: pathlib.Path, summary: Mapping[str, Any]) -> None:
+    """Refuses what cannot be the contents of a summary.json.
+
+    Args:
+      path: for the message.
+
+    Raises:
+      InputError: it is damaged, or was written by an older version.
+    """
+    check_fields(path, summary, {"benchmarks": dict})
+    for name, benchmark in summary["benchmarks"].items():
+        if not _FOLDER.fullmatch(name):  # it becomes part of the names of the report's files
+            raise InputError(f"{path} holds a benchmark {name!r}, which is no name of a folder")
+        check_fields(path, {name: benchmark}, {name: dict})
+        check_fields(path, benchmark, _SUMMARY)
 
 
 def systems(folder: pathlib.Path) -> list[SystemFiles]:

@@ -73,8 +73,17 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """A mesh over all devices, of the shape that `mesh_shape` gives."""
-    shape = mesh_shape(sizes, jax.device_count())
+    """A mesh over all devices, of the shape that `mesh_shape` gives.
+
+    Raises:
+      InputError: no such mesh, or JAX finds no devices.
+    """
+    try:
+        devices = jax.device_count()
+    except RuntimeError as error:  # what JAX raises where JAX_PLATFORMS names what is not there
+        reason = " ".join(str(error).split())[:400]
+        raise InputError(f"JAX finds no devices, check JAX_PLATFORMS: {reason}") from error
+    shape = mesh_shape(sizes, devices)
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 

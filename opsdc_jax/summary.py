@@ -11,15 +11,20 @@ import numpy as np
 
 from opsdc_jax import grading, measures, results, statistics
 from opsdc_jax.config import InputError
-from opsdc_jax.files import read_json
+from opsdc_jax.files import Fields, check_fields, read_json
 from opsdc_jax.results import BASE, CONCISE, STUDENT, SystemFiles
 from opsdc_jax.statistics import Graded
 
 # Settings in which systems that stand side by side must not differ.
-_SHARED = (
-    *("benchmark", "source", "problems", "fingerprint", "template", "samples"),
-    *("max_response_tokens", "temperature", "top_p", "top_k", "seed"),
-)
+_SHARED: Fields = {
+    **{"benchmark": str, "source": str, "problems": int, "fingerprint": str, "template": str},
+    **{"samples": int, "max_response_tokens": int, "temperature": (int, float)},
+    **{"top_p": (int, float), "top_k": int, "seed": int},
+}
+_MARKS: Fields = {  # what measuring the thought needs of the tokenizer
+    **dict.fromkeys(("think_id", "end_think_id"), (int, type(None))),
+    "thought_open": bool,
+}
 _PAIRS = ((CONCISE, BASE), (STUDENT, BASE), (STUDENT, CONCISE))
 # Below this many problems fewer samples than that mean nothing: 30 problems of AIME, each solved
 # half of the time, have a 95% interval of +-6 points at 8 samples from the sampling alone.
@@ -35,6 +40,7 @@ def grade(files: SystemFiles) -> None:
       InputError: a file is missing or damaged.
     """
     settings = read_json(files.settings)
+    check_fields(files.settings, settings, _MARKS)
     items: list[tuple[str, str, bool]] = []
     rows: list[dict[str, Any]] = []
     for response in files.rows():
@@ -43,6 +49,8 @@ def grade(files: SystemFiles) -> None:
             text = measures.THINK + text
         items.append((text, response["gold"], not response["stopped"]))
         rows.append(_measure(response, settings) | {"unparsed": _is_unparsed(response, text)})
+    if not rows:
+        raise InputError(f"{files.responses} is empty: finish the evaluation first")
     for row, graded in zip(rows, grading.grade_many(items), strict=True):
         row |= {"scores": graded.scores, "timed_out": graded.timed_out}
     files.write_grades(rows)
@@ -154,6 +162,8 @@ def summarise(folder: pathlib.Path) -> dict[str, Any]:
 def _summarise_benchmark(folder: pathlib.Path) -> dict[str, Any]:
     files = {found.system: found for found in results.systems(folder)}
     settings = {name: read_json(found.settings) for name, found in files.items()}
+    for name, found in files.items():
+        check_fields(found.settings, settings[name], _SHARED)
     _refuse_differences(folder, settings)
     graded = {name: _read(found, settings[name]) for name, found in files.items()}
     by_step = {results.student_step(name): name for name in graded}

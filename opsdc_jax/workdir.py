@@ -1,14 +1,18 @@
 """A run's folder: config.json, metrics.jsonl, samples/, eval/, plots/, checkpoints/."""
 
+import contextlib
 import json
+import os
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from opsdc_jax.config import InputError, default_config, differing_keys, flatten
-from opsdc_jax.files import read_json, write_json, writing
+from opsdc_jax.config import InputError, check_kind, default_config, differing_keys, flatten
+from opsdc_jax.files import check_regular, read_json, write_json, writing
+from opsdc_jax.metrics import read_metrics
 from opsdc_jax.results import SUMMARY
 
 # Keys in which a run that continues may differ: where and in which portions it computes, and what
@@ -36,9 +40,10 @@ class Workdir:
     def __init__(self, path: str | pathlib.Path, config: ConfigDict):
         self.path = pathlib.Path(path)
         self._config: dict[str, Any] = json.loads(config.to_json())
-        if self._stored.exists():
+        check_regular(self._stored)
+        if os.path.exists(self._stored):  # which no name upsets, however long
             self._refuse_other_run()
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif os.path.isdir(self.path) and any(self.path.iterdir()):
             raise InputError(f"{self.path} is not empty and holds no run: choose another --workdir")
         self._refuse_links()
 
@@ -49,8 +54,8 @@ class Workdir:
           InputError: the folder cannot be written.
         """
         with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self._stored, self._config)  # first: it makes the folder ours
+            with _made_or_not(self.path):
+                write_json(self._stored, self._config)  # first: it makes the folder ours
             for folder in (self.eval, self.samples, self.plots):
                 folder.mkdir(exist_ok=True)
 
@@ -105,6 +110,21 @@ class Workdir:
                 f"{self.path} holds a run of another configuration ({'; '.join(changed)}): "
                 f"choose another --workdir, or the run's own settings to continue it"
             )
+        read_metrics(self.metrics)  # which the run goes on with
+
+
+@contextlib.contextmanager
+def _made_or_not(path: pathlib.Path) -> Iterator[None]:
+    """Makes a folder; where what is written into it first fails, it goes again."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except Exception:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def read_config(path: pathlib.Path) -> ConfigDict:
@@ -117,12 +137,16 @@ def read_config(path: pathlib.Path) -> ConfigDict:
     missing = [name for name in default_config() if not isinstance(stored.get(name), dict | int)]
     if missing:
         raise InputError(f"{path / 'config.json'} is no run's configuration: it lacks {missing[0]}")
-    return ConfigDict(stored)
+    settings, known = ConfigDict(stored), flatten(default_config())
+    for key, value in flatten(settings).items():
+        if key in known:
+            check_kind(key, value, type(known[key]))
+    return settings
 
 
 def is_finished(path: str | pathlib.Path) -> bool:
     """Whether the folder holds a finished run."""
-    return (pathlib.Path(path) / "eval" / SUMMARY).exists()
+    return os.path.exists(pathlib.Path(path) / "eval" / SUMMARY)
 
 
 def beside_finished(path: str | pathlib.Path) -> pathlib.Path:

@@ -10,6 +10,7 @@ are complete.
 Exit codes: 0 done; 1 an unexpected error (with a traceback); 2 bad input.
 """
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -107,14 +108,16 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_float("temperature", 0.6, "0 is greedy", 0.0, **define)
     flags.DEFINE_float("top_p", 0.95, "in (0, 1]", 0.0, 1.0, **define)
     flags.DEFINE_integer("top_k", 20, "0 keeps all", 0, **define)
-    flags.DEFINE_integer("seed", 0, "of the sampling", 0, **define)
+    flags.DEFINE_integer("seed", 0, "of the sampling", 0, 2**31 - 1, **define)
     flags.DEFINE_enum("dtype", "float32", DTYPES, "of weights and activations", **define)
     args = cli.parse(values, argv)
     for name in ("model", "prompt"):
         if not getattr(args, name):
             raise InputError(f"--{name} is required")
-    if not args.top_p:
-        raise InputError("--top_p=0 keeps no token: give a number above 0, at most 1")
+    if not 0 < args.top_p <= 1:  # the flag's own bounds let nan pass
+        raise InputError(f"--top_p={args.top_p:g} keeps no token: give a number above 0, at most 1")
+    if not math.isfinite(args.temperature):
+        raise InputError(f"--temperature={args.temperature} must be a finite number")
     return args
 
 

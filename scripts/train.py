@@ -75,8 +75,8 @@ def main(argv: Sequence[str]) -> int:
     if not is_finished(workdir.path):
         with distributed.stop_requests() as stop_asked:
             parts = prepare(args.config)
-            distributed.first_does(workdir.create)
             cli.use_compilation_cache()
+            distributed.first_does(workdir.create)
             describe(args.config, parts, workdir.path)
             warn(guards.risky_settings(args.config))
             try:
@@ -86,7 +86,9 @@ def main(argv: Sequence[str]) -> int:
                 print(f"stopped by a guard: {error}", file=sys.stderr)
                 return cli.EXIT_GUARD
     if distributed.is_first():
-        print(f"\n{report.tables(read_json(workdir.summary))}")
+        summary = read_json(workdir.summary)
+        results.check_summary(workdir.summary, summary)
+        print(f"\n{report.tables(summary)}")
         print(f"\n{report.write(workdir.path)}\neverything is in {workdir.path}")
     distributed.wait_for_all("the report is written")
     return cli.EXIT_DONE

@@ -42,7 +42,7 @@ def test_every_config_is_valid_and_adds_no_key(path):
         ("train.batch_size", -4, "train.batch_size=-4 must be positive"),
         ("sampler.max_response_tokens", 0, "must be positive"),
         ("sampler.temperature", -0.1, "must not be negative"),
-        ("sampler.temperature", float("nan"), "must not be negative"),
+        ("sampler.temperature", float("nan"), "must be a finite number"),
         ("sampler.top_p", 0.0, "sampler.top_p=0.0 must be above 0 and at most 1"),
         ("eval.top_p", 1.5, "must be above 0"),
         ("eval.samples", 0, "eval.samples=0 must be positive"),
@@ -54,7 +54,7 @@ def test_every_config_is_valid_and_adds_no_key(path):
         ("train.micro_batch_size", 5, "32 is not a multiple of train.micro_batch_size=5"),
         ("sampler.slots", 12, "32 is not a multiple of sampler.slots=12"),
         ("seed", -1, "seed=-1"),
-        ("seed", 2**31, "must be below"),
+        ("seed", 2**31, "must be at most"),
     ],
 )
 def test_bad_values_are_refused_by_name(key, value, message):

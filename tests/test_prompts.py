@@ -21,8 +21,9 @@ class Characters:
         text = f"[{message['role']}|{message['content']}]"
         return text + (f"[thinking={enable_thinking}]" if add_generation_prompt else "")
 
-    def __call__(self, text, add_special_tokens):
+    def __call__(self, text, add_special_tokens, verbose):
         assert not add_special_tokens, "the template already holds them"
+        assert not verbose
         return {"input_ids": [ord(character) for character in text]}
 
     def get_added_vocab(self):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from opsdc_jax.config import InputError
+from opsdc_jax.files import LONGEST_LINE, check_regular
 
 ROWS_AT_A_TIME = 1024  # of what Arrow stores
 
@@ -34,6 +35,7 @@ def file_rows(path: str) -> Iterator[RawRow]:
     Raises:
       InputError: the file cannot be read, or is damaged; names the line where there are lines.
     """
+    check_regular(path)
     try:
         yield from _READERS[extension(path)](path)
     except OSError as error:
@@ -43,8 +45,14 @@ def file_rows(path: str) -> Iterator[RawRow]:
 def _jsonl_rows(path: str) -> Iterator[RawRow]:
     """One row a line; blank lines count but hold no row."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+        lines = iter(lambda: file.readline(LONGEST_LINE + 1), b"")
+        for number, line in enumerate(lines, start=1):
             place = f"{path}:{number}"
+            if len(line) > LONGEST_LINE:
+                raise InputError(
+                    f"{place} is longer than {LONGEST_LINE // 2**20} MiB, and no problem is: give "
+                    "one object a line, or in a .json file one array of objects"
+                )
             text = _decoded(line, place).rstrip()  # or an error at the end is one line too low
             if text:
                 yield RawRow(place, _parsed(text, path, number))
@@ -53,7 +61,8 @@ def _jsonl_rows(path: str) -> Iterator[RawRow]:
 def _json_rows(path: str) -> Iterator[RawRow]:
     """An array of rows; or what a .jsonl file holds, which often goes by this name."""
     with open(path, "rb") as file:
-        texts = (line.removeprefix(codecs.BOM_UTF8).strip() for line in file)
+        parts = iter(lambda: file.readline(LONGEST_LINE), b"")
+        texts = (part.removeprefix(codecs.BOM_UTF8).strip() for part in parts)
         if not next(filter(None, texts), b"").startswith(b"["):
             yield from _jsonl_rows(path)
             return

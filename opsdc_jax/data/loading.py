@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from opsdc_jax.config import InputError
 from opsdc_jax.data.columns import BadRowError, Columns, Example, to_example
 from opsdc_jax.data.tables import TableName, read_rows
+from opsdc_jax.prompts import CONTROL_TOKEN
 
 Accept = Callable[[Example], str | None]
 """Why the caller cannot use an example, or None if it can."""
@@ -114,9 +115,11 @@ def _refuse_nothing(report: Report) -> None:
         raise InputError(f"{report.table} has no rows: give a table that holds problems")
     if report.dropped:
         reasons = "; ".join(f"{count:,}: {reason}" for reason, count in report.dropped.items())
+        advice = (
+            "raise sampler.max_prompt_tokens or " if report.dropped.keys() - {CONTROL_TOKEN} else ""
+        )
         raise InputError(
-            f"{report.table}: every problem was dropped ({reasons}): raise "
-            "sampler.max_prompt_tokens or give other data"
+            f"{report.table}: every problem was dropped ({reasons}): {advice}give other data"
         )
     section = report.table.section
     raise InputError(

@@ -1,6 +1,7 @@
 """Hugging Face model folders: where they are, their config.json, their tokenizer."""
 
 import dataclasses
+import math
 import os
 import pathlib
 import re
@@ -36,7 +37,9 @@ _PLAIN_FIELDS = (
     "tie_word_embeddings",
     "max_position_embeddings",
 )
-_FIELD_TYPES = {"rms_norm_eps": float, "tie_word_embeddings": bool}  # all others are counts
+_MOST_LAYERS = 1000  # each is named, one by one, where the weights are checked
+_LARGEST = 2**31 - 1  # of every other size
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _GENERATION = "generation_config.json"
 _YARN_FIELDS = tuple(field.name for field in dataclasses.fields(Yarn))
 
@@ -53,21 +56,29 @@ def resolve_folder(path: str) -> pathlib.Path:
       InputError: neither a folder nor a hub id that can be had.
     """
     folder = tiny.BASE_FOLDER if path == "tiny" else pathlib.Path(path)
-    if folder.is_dir():
+    if path and os.path.isdir(folder):  # which no name upsets, however long
         return folder
     if not _HUB_ID.fullmatch(path):
-        raise InputError(f"model.path={path!r} is neither a folder nor a hub id")
+        raise InputError(
+            f"model.path={path[:200]!r} is neither a folder nor a hub id: give the folder of a "
+            "model, OWNER/NAME, or tiny"
+        )
     repository, _, revision = path.partition("@")
     try:
         snapshot = huggingface_hub.snapshot_download(
             repository, revision=revision or None, allow_patterns=_HUB_FILES
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"model.path={path!r} is no folder here and cannot be had from the hub: {reason}"
+            f"model.path={path!r} is no folder here and cannot be had from the hub: "
+            f"{_reason(error)}"
         ) from None
     return pathlib.Path(snapshot)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a library's message, cut."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def load_config(
@@ -88,28 +99,36 @@ def load_config(
     raw = read_json(path)
     # transformers 5 writes rope_parameters; published folders say rope_theta and rope_scaling,
     # which wins where a folder holds both.
-    rope = {"rope_theta": raw.get("rope_theta")} | (raw.get("rope_parameters") or {})
-    rope |= raw.get("rope_scaling") or {}
+    rope: dict[str, Any] = {"rope_theta": raw.get("rope_theta")}
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(raw.get(key) or {}, dict):
+            raise InputError(f"{path} holds {key}={raw[key]!r}, which is no object")
+        given = dict(raw.get(key) or {})
+        if "type" in given:  # the old word: beside rope_parameters it must win all the same
+            given.setdefault("rope_type", given.pop("type"))
+        rope |= given
     _refuse_unsupported(raw, rope, path)
     missing = [name for name in _PLAIN_FIELDS if name not in raw]
     if rope["rope_theta"] is None:
         missing.append("rope_theta")
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}")
-    wrong = [
-        f"{name}={raw[name]!r}"
-        for name in _PLAIN_FIELDS
-        if not isinstance(raw[name], _FIELD_TYPES.get(name, int)) or raw[name] < 0
-    ]
-    if wrong or not raw["num_key_value_heads"]:
-        raise InputError(f"{path} holds {', '.join(wrong) or 'num_key_value_heads=0'}")
+    wrong = [f"{n}={raw[n]!r}" for n in _PLAIN_FIELDS if not _is_possible(n, raw[n])]
+    if not _is_positive(rope["rope_theta"]):
+        wrong.append(f"rope_theta={rope['rope_theta']!r}")
+    if wrong:
+        raise InputError(f"{path} holds {', '.join(wrong)}: no such model can be")
     heads, kv_heads = raw["num_attention_heads"], raw["num_key_value_heads"]
     if heads % kv_heads:
         raise InputError(f"{path}: num_key_value_heads={kv_heads} does not divide {heads} heads")
     yarn = None
     if _rope_type(rope) == "yarn":
+        given = {name: rope[name] for name in _YARN_FIELDS if rope.get(name) is not None}
+        wrong = [f"{name}={value!r}" for name, value in given.items() if not _is_positive(value)]
+        if wrong:
+            raise InputError(f"{path}: yarn needs positive numbers, not {', '.join(wrong)}")
         try:
-            yarn = Yarn(**{name: rope[name] for name in _YARN_FIELDS if rope.get(name) is not None})
+            yarn = Yarn(**given)
         except TypeError:
             raise InputError(
                 f"{path}: yarn needs factor and original_max_position_embeddings"
@@ -124,8 +143,24 @@ def load_config(
     )
 
 
+def _is_possible(name: str, value: Any) -> bool:
+    """Whether a field of config.json can have this value."""
+    if name == "tie_word_embeddings":
+        return isinstance(value, bool)
+    if name == "rms_norm_eps":
+        return isinstance(value, float) and 0 < value < 1
+    if not isinstance(value, int) or isinstance(value, bool):
+        return False
+    most = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST
+    return 0 < value <= most and not (name == "head_dim" and value % 2)  # rotated in pairs
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
 def _rope_type(rope: Mapping[str, Any]) -> str:
-    return rope.get("rope_type", rope.get("type", "default"))
+    return rope.get("rope_type", "default")
 
 
 def _refuse_unsupported(
@@ -137,7 +172,7 @@ def _refuse_unsupported(
         problems.append(f"model_type is {raw.get('model_type')!r}, supported is 'qwen3' (dense)")
     if _rope_type(rope) not in ("default", "yarn"):
         problems.append(f"rope type {_rope_type(rope)!r} is not supported: default and yarn are")
-    unknown = rope.keys() - {"rope_theta", "rope_type", "type", "truncate", *_YARN_FIELDS}
+    unknown = rope.keys() - {"rope_theta", "rope_type", "truncate", *_YARN_FIELDS}
     if unknown or rope.get("truncate") is False:
         problems.append(f"rope settings {sorted(unknown) or 'truncate=false'} are not supported")
     if raw.get("quantization_config"):
@@ -158,6 +193,13 @@ def check_vocabulary(tokenizer: Any, config: Qwen3Config) -> None:
             f"the tokenizer has {len(tokenizer)} entries, the embedding {config.vocab_size} rows: "
             "take both from the same model"
         )
+    if hasattr(tokenizer, "get_vocab"):
+        largest = max(tokenizer.get_vocab().values())
+        if largest >= len(tokenizer):  # sampling and loss would leave the last ones out
+            raise InputError(
+                f"the tokenizer has {len(tokenizer)} entries, but ids up to {largest}: use one "
+                "without gaps"
+            )
 
 
 def load_tokenizer(folder: str | pathlib.Path) -> Any:
@@ -166,13 +208,17 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
     Raises:
       InputError: there is none, or it names no end-of-sequence or padding token.
     """
+    if not any((pathlib.Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
+        # transformers would make up an empty one from config.json.
+        raise InputError(f"{folder} holds no {_TOKENIZER_FILES[0]}: take a folder with a tokenizer")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the tokenizers library raises plain Exceptions on bad files
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{folder}: the tokenizer cannot be loaded: {reason}") from None
+        raise InputError(
+            f"{folder}: the tokenizer cannot be loaded ({_reason(error)}): download it again"
+        ) from None
     for role in ("eos_token_id", "pad_token_id"):
         if getattr(tokenizer, role) is None:
             raise InputError(f"{folder}: the tokenizer has no {role}")
@@ -198,7 +244,11 @@ def stop_token_ids(folder: str | pathlib.Path, tokenizer: Any) -> tuple[int, ...
     path = pathlib.Path(folder) / _GENERATION
     listed = generation_settings(folder).get("eos_token_id")
     eos = int(tokenizer.eos_token_id)
-    ids = [eos] if listed is None else [listed] if isinstance(listed, int) else list(listed)
+    ids = [eos] if listed is None else listed if isinstance(listed, list) else [listed]
+    if not all(type(token) is int and 0 <= token <= _LARGEST for token in ids):
+        raise InputError(
+            f"{path} holds eos_token_id={listed!r}: give one token id or a list of them"
+        )
     if eos not in ids:
         raise InputError(
             f"{path} ends responses at {ids}, the tokenizer at {eos} ({tokenizer.eos_token}): take "

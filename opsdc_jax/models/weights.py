@@ -18,12 +18,14 @@ import safetensors
 import safetensors.numpy
 
 from opsdc_jax.config import InputError
-from opsdc_jax.files import read_json, write_json
+from opsdc_jax.files import check_regular, read_json, write_json
 from opsdc_jax.models import qwen3
 from opsdc_jax.models.qwen3 import Params, Qwen3Config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}  # formats that run code when they are read
+_PROBLEMS_SHOWN = 8
 _FLOATS = {"F32", "F16", "BF16"}
 SHARD_BYTES = 5 * 10**9  # the size transformers cuts at
 
@@ -217,10 +219,14 @@ def _files(folder: pathlib.Path) -> list[str]:
         for name in names:
             if pathlib.PurePath(name).name != name:
                 raise InputError(f"{folder / INDEX} names {name!r}, which lies outside the folder")
+            if not name.endswith(".safetensors"):
+                raise InputError(f"{folder / INDEX} names {name!r}, which is no .safetensors file")
         return names
     if (folder / SINGLE).exists():
         return [SINGLE]
-    raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
+    others = f", only {', '.join(pickles[:3])}, which is never read: convert it" if pickles else ""
+    raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}{others}")
 
 
 def check_files(folder: pathlib.Path, config: Qwen3Config) -> list[str]:
@@ -255,8 +261,9 @@ def check_files(folder: pathlib.Path, config: Qwen3Config) -> list[str]:
         wrong = (name for name, file in listed.items() if seen.get(name, file) != file)
         problems += [f"{name} is not in {listed[name]}, where the index puts it" for name in wrong]
     if problems:
-        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise InputError(f"{folder}: " + "; ".join(problems[:20]) + more)
+        shown = problems[:_PROBLEMS_SHOWN]
+        more = f"; and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+        raise InputError(f"{folder}: " + "; ".join(shown) + more)
     return files
 
 
@@ -269,6 +276,7 @@ def _tensors(folder: pathlib.Path, files: list[str]) -> Iterator[tuple[str, np.n
 
 
 def _opened(path: pathlib.Path) -> Any:
+    check_regular(path)
     try:
         return safetensors.safe_open(path, framework="numpy")
     except (OSError, safetensors.SafetensorError) as error:

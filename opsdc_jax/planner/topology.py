@@ -18,6 +18,9 @@ GIB = 2**30
 MARGIN = 0.05
 
 
+MOST_DEVICES = 16_384  # more than any slice or cluster that one program runs on
+
+
 class Device(NamedTuple):
     """One device of a mesh; where a chip holds two devices, its figures are halved.
 
@@ -87,15 +90,25 @@ class Topology:
 
 
 def parse(name: str) -> Topology:
-    """The devices a name stands for.
+    """The devices a name stands for, at most `MOST_DEVICES`.
 
     Args:
       name: "v5e:4x4" (also v6e; v5p, tpu7x and v4 with three sizes), "gpu:8xH200", or "cpu:8": this
         machine's memory in so many parts.
 
     Raises:
-      InputError: no such device, or not such a form.
+      InputError: no such device, not such a form, or too many.
     """
+    topology = _parse(name)
+    if topology.devices > MOST_DEVICES:
+        raise InputError(
+            f"topology {name!r} has {topology.devices:,} devices, planned are at most "
+            f"{MOST_DEVICES:,}: give a smaller one"
+        )
+    return topology
+
+
+def _parse(name: str) -> Topology:
     family, _, shape = name.partition(":")
     if family in TPUS:
         return _tpu(name, family, shape)

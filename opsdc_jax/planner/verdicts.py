@@ -1,5 +1,6 @@
 """Compiles programs, each in a process of its own, until their memory is known; remembers it."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import opsdc_jax
 from opsdc_jax.config import InputError
-from opsdc_jax.files import read_json, write_json
+from opsdc_jax.files import read_json, user_cache, write_json
 from opsdc_jax.planner import hlo, programs
 from opsdc_jax.planner.topology import Topology
 
@@ -107,13 +108,18 @@ def verdicts(
                     _stop(running.pop(name))
                     done[name] = verdict
                     if verdict.peak is not None:  # a failure may be the machine's: not kept
-                        keys[name].parent.mkdir(parents=True, exist_ok=True)
-                        write_json(keys[name], dataclasses.asdict(verdict))
+                        _keep(keys[name], verdict)
             time.sleep(_POLL_SECONDS)
     finally:
         for left in running.values():
             _stop(left)
     return {name: done[name] for name in names}
+
+
+def _keep(path: pathlib.Path, verdict: Verdict) -> None:
+    with contextlib.suppress(OSError):  # without a place to keep it, it is made again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, dataclasses.asdict(verdict))
 
 
 def _start(name: str, spec: Mapping[str, Any], topology: Topology) -> _Running:
@@ -209,5 +215,4 @@ def _cache_file(name: str, spec: Mapping[str, Any], topology: Topology) -> pathl
     settings = {key: spec["settings"][key] for key in programs.KEYS[name]}
     decides = [name, {**spec, "settings": settings}, topology.name, versions]
     digest.update(json.dumps(decides, sort_keys=True).encode())
-    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    return home / "opsdc_jax" / "plans" / f"{digest.hexdigest()[:32]}.json"
+    return user_cache() / "plans" / f"{digest.hexdigest()[:32]}.json"

@@ -12,6 +12,7 @@ from opsdc_jax.report.text import RULES, SYSTEMS, divergence, interval, percent,
 from opsdc_jax.statistics import HEADLINE, level_rank
 
 _BINS = 32
+_LONGEST_NAME = 40  # of a level, in the name of a file
 _LEVELS = 8  # more levels than that share one chart of lengths
 
 
@@ -231,7 +232,8 @@ def lengths(responses: Responses) -> list[Figure]:
             ]
             chart.area(role, outline)
             chart.line(role, outline)
-        name = "".join(letter if letter.isalnum() else "-" for letter in level) or "all"
+        plain = "".join(letter if letter.isalnum() else "-" for letter in level)
+        name = plain[:_LONGEST_NAME] or "all"
         charts.append(Figure(f"lengths-{responses.benchmark}-{name}", chart))
     return charts
 

@@ -1,13 +1,29 @@
 """What a run left in its folder, as far as it got: nothing but a folder of a run is required."""
 
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 from opsdc_jax.config import InputError
-from opsdc_jax.files import read_json, read_json_lines
+from opsdc_jax.files import Fields, read_json, read_json_lines
 from opsdc_jax.metrics import read_metrics
-from opsdc_jax.results import BASE, SystemFiles, benchmark_folders, student_step, systems
+from opsdc_jax.results import (
+    BASE,
+    SystemFiles,
+    benchmark_folders,
+    check_summary,
+    student_step,
+    systems,
+)
 from opsdc_jax.summary import summarise
+from opsdc_jax.workdir import read_config
+
+_TOKENS = re.compile(r"tokens-(\d+)\.jsonl")
+_PER_TOKEN = (
+    *("tokens", "kl", "student_entropy", "teacher_entropy", "student_prob", "teacher_prob"),
+    *("student_top", "teacher_top"),
+)
+_ROLLOUT: Fields = {"problem": str, "stopped": bool, **dict.fromkeys(_PER_TOKEN, list)}
 
 
 class Responses(NamedTuple):
@@ -73,13 +89,16 @@ def read_run(path: pathlib.Path) -> Run:
     config_file, summary_file = path / "config.json", path / "eval" / "summary.json"
     if not config_file.exists() and not summary_file.exists():
         raise InputError(f"{path} holds no run: give the --workdir of a run")
-    config = read_json(config_file) if config_file.exists() else {}
+    config = read_config(path).to_dict() if config_file.exists() else {}
     finished = summary_file.exists()
     summary = read_json(summary_file) if finished else _so_far(path / "eval")
+    if "benchmarks" in summary:
+        check_summary(summary_file, summary)
     metrics = read_metrics(path / "metrics.jsonl")
     views = [
-        View(int(file.stem.removeprefix("tokens-")), list(read_json_lines(file)))
+        View(int(found[1]), _rollouts(file))
         for file in sorted((path / "samples").glob("tokens-*.jsonl"))
+        if (found := _TOKENS.fullmatch(file.name))
     ]
     notes = []
     if not finished:
@@ -101,6 +120,15 @@ def read_run(path: pathlib.Path) -> Run:
         finished=finished,
         notes=notes,
     )
+
+
+def _rollouts(file: pathlib.Path) -> list[dict[str, Any]]:
+    """The compared rollouts of a step."""
+    rollouts = list(read_json_lines(file, _ROLLOUT))
+    for number, rollout in enumerate(rollouts, start=1):
+        if len({len(rollout[name]) for name in _PER_TOKEN}) > 1:
+            raise InputError(f"{file}:{number} is damaged: not every token has all its numbers")
+    return rollouts
 
 
 def _so_far(folder: pathlib.Path) -> dict[str, Any]:
