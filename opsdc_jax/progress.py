@@ -11,6 +11,8 @@ import numpy as np
 from opsdc_jax.metrics import MetricsFile
 from opsdc_jax.rollout import Rollout
 
+TIMES = ("tokens_per_s", "compilations")  # of a row: of this machine and process, not of the run
+
 
 class Progress:
     """Live output and metrics.jsonl.

@@ -15,6 +15,7 @@ from opsdc_jax.files import read_json, read_json_lines
 from opsdc_jax.metrics import CompileCounter, read_metrics
 from opsdc_jax.models import hf, qwen3, weights
 from opsdc_jax.parts import prepare
+from opsdc_jax.progress import TIMES
 from opsdc_jax.rollout import Rollout
 from opsdc_jax.samples import SampleWriter
 from opsdc_jax.tiny import BASE_FOLDER
@@ -36,7 +37,6 @@ SMALL = [
     "--config.log.samples=2",
     "--config.log.tensorboard=True",
 ]
-TIMES = ("tokens_per_s", "compilations")  # all else in metrics.jsonl must repeat
 
 
 def run(workdir, *more):
