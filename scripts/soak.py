@@ -54,6 +54,7 @@ SETTINGS = (
 MOST_GROWTH = 0.05  # of the undisturbed run's resident memory
 POLL = 0.2  # seconds between two looks at a run
 RSS_EVERY = 10.0  # seconds between two readings of its memory
+RSS_LEAST = 60  # readings below which nothing is said of growth
 PATIENCE = 600.0  # seconds without a new step, or without obeying, after which a run is stuck
 # A process may get SIGTERM before Python runs its first line.
 RIGHT_ENDS = {
@@ -169,7 +170,7 @@ class Memory:
             "rss_from_step": after[0][0] if after else None,
             "rss_start_mib": round(start / 1024, 1),
             "rss_end_mib": round(end / 1024, 1),
-            "rss_growth": round(end / start - 1, 4) if start else None,
+            "rss_growth": (round(end / start - 1, 4) if len(self.readings) >= RSS_LEAST else None),
         }
 
 
