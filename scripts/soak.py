@@ -272,7 +272,7 @@ def kill(
 
 def finish(calm: Run, killed: Run, memory: Memory, every: int) -> int:
     """Goes on until both runs hold a checkpoint of the same step, which is returned."""
-    killed.start("checkpoint.keep=100000")
+    killed.start(f"checkpoint.every_steps={every}", "checkpoint.keep=100000")
     step = (max(killed.step(), 1) + every - 1) // every * every
     for run in (killed, calm):
         # A step more: a checkpoint is begun after the step's row is written.

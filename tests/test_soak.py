@@ -44,28 +44,17 @@ def test_a_run_killed_at_random_equals_one_that_was_not(soaked):
     assert verdict["passed"]
     assert verdict["differ"] == []
     assert verdict["differing_bits"] == 0
-    assert (
-        verdict["step"]
-        == verdict["compared_rows"]
-        > max(row["continued_from"] or 0 for row in kills)
-    )
-    # Weights once more as teacher, and as either moment of AdamW.
-    student = sum(
-        leaf.nbytes for name, leaf in stored(out / "killed", verdict).items() if "student" in name
-    )
+    continued = max(row["continued_from"] or 0 for row in kills)
+    assert verdict["step"] == verdict["compared_rows"] > continued
+    # The student once more as teacher, and as either moment of AdamW.
+    arrays = soak.checkpoint(out / "killed" / "checkpoints" / str(verdict["step"]))
+    student = sum(leaf.nbytes for name, leaf in arrays.items() if name.startswith("student"))
     assert verdict["compared_bytes"] >= 4 * student > 0
-    assert {row["step"] for row in read_metrics(out / "killed" / "metrics.jsonl")} >= set(
-        range(1, verdict["step"] + 1)
-    )
-
-
-def stored(folder, verdict):
-    return soak.checkpoint(folder / "checkpoints" / str(verdict["step"]))
 
 
 def test_a_run_went_on_from_where_it_was_killed(soaked):
-    _, kills, verdict = soaked
-    printed = (soaked[0] / "killed.log").read_text()
+    out, kills, _ = soaked
+    printed = (out / "killed.log").read_text()
     assert "continuing after step" in printed
     assert any(row["step"] > 0 for row in kills)
 
