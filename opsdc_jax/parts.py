@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -18,6 +19,7 @@ from opsdc_jax.models import hf, qwen3, weights
 from opsdc_jax.models.qwen3 import Qwen3Config
 from opsdc_jax.prompts import Prompts
 from opsdc_jax.sampler import Sampler, decode_mesh
+from opsdc_jax.sampling import TRAIN_STREAM, sequence_keys
 
 
 class Parts(NamedTuple):
@@ -41,6 +43,32 @@ class Parts(NamedTuple):
     benchmarks: list[Benchmark]
     sampler: Sampler
     eval_sampler: Sampler
+
+
+class Batch(NamedTuple):
+    """What a step asks its student.
+
+    Attributes:
+      student_prompts, teacher_prompts: token ids, of either side.
+      keys_B: one random key for each rollout.
+    """
+
+    examples: Sequence[Example]
+    student_prompts: list[list[int]]
+    teacher_prompts: list[list[int]]
+    keys_B: jax.Array
+
+
+def batch_of(settings: ConfigDict, parts: Parts, step: int) -> Batch:
+    """The batch of a step: a pure function of the configuration and the step."""
+    size = settings.train.batch_size
+    examples = parts.source.train(step, size)
+    return Batch(
+        examples=examples,
+        student_prompts=[parts.prompts.student(example.problem) for example in examples],
+        teacher_prompts=[parts.prompts.teacher(example.problem) for example in examples],
+        keys_B=sequence_keys(settings.seed, TRAIN_STREAM, step, np.arange(size)),
+    )
 
 
 def prepare(settings: ConfigDict) -> Parts:

@@ -12,6 +12,8 @@ from opsdc_jax.measures import is_repetitive
 from opsdc_jax.metrics import MetricsFile
 from opsdc_jax.rollout import Rollout
 
+TIMES = ("tokens_per_s", "compilations")  # of a row: of this machine and process, not of the run
+
 
 class Progress:
     """Live output and metrics.jsonl.

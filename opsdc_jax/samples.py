@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -12,9 +12,19 @@ from opsdc_jax import distributed, sharding, token_view
 from opsdc_jax.data import Example
 from opsdc_jax.files import write_json, write_json_lines, writing
 from opsdc_jax.models.qwen3 import Params
-from opsdc_jax.parts import Parts
+from opsdc_jax.parts import Batch, Parts
 from opsdc_jax.rollout import Rollout
-from opsdc_jax.token_view import TokenViewer
+from opsdc_jax.token_view import Compared, TokenViewer
+
+
+class Kept(NamedTuple):
+    """Rollouts of a step that are on their way to the disk."""
+
+    step: int
+    examples: Sequence[Example]
+    sampled: Rollout
+    compared: list[Compared]
+
 
 _FILE = re.compile(r"(?:step-(\d+)\.json|tokens-(\d+)\.jsonl)")
 
@@ -63,25 +73,24 @@ class SampleWriter:
         )
         return cls(folder, parts.tokenizer, viewer, settings.log.samples, settings.log.token_views)
 
-    def __call__(
-        self,
-        step: int,
-        student: Params,
-        teacher: Params,
-        examples: Sequence[Example],
-        sampled: Rollout,
-        student_prompts: Sequence[Sequence[int]],
-        teacher_prompts: Sequence[Sequence[int]],
-    ) -> None:
-        """Called by all processes, before the step's update; the first one writes.
+    def start(
+        self, step: int, student: Params, teacher: Params, batch: Batch, sampled: Rollout
+    ) -> Kept:
+        """Called by all processes before the step's update, which takes the parameters away.
 
         Args:
           student, teacher: the parameters that sampled, and those that will teach.
           sampled: on the host.
         """
-        views = self.viewer(student, teacher, sampled, student_prompts, teacher_prompts, self.views)
+        prompts = batch.student_prompts, batch.teacher_prompts
+        compared = self.viewer.start(student, teacher, sampled, *prompts, self.views)
+        return Kept(step, batch.examples, sampled, compared)
+
+    def finish(self, kept: Kept) -> None:
+        """Writes what was started, while the device works on the update; in the first process."""
         if not distributed.is_first():
             return
+        step, examples, sampled, compared = kept
         stopped = sampled.stopped_B.tolist()
         texts = []
         for row, example in enumerate(examples[: self.count]):
@@ -89,7 +98,7 @@ class SampleWriter:
             text = self.tokenizer.decode(ids)
             texts.append({**example._asdict(), "stopped": stopped[row], "text": text, "ids": ids})
         write_json(self.folder / f"step-{step:06d}.json", texts)
-        if views:
+        if views := self.viewer.finish(compared):
             rows = [
                 {**example._asdict(), "stopped": stopped[row], **view}
                 for row, (example, view) in enumerate(zip(examples, views, strict=False))

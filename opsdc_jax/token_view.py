@@ -145,9 +145,23 @@ def _in_chunks(inputs: tuple[jax.Array, ...], chunk: int) -> tuple[jax.Array, ..
     return jax.tree.map(split, inputs)
 
 
+class Compared(NamedTuple):
+    """Rollouts and their views, which may still be under way on the device.
+
+    Attributes:
+      rollout: on the host.
+      views: rows beyond the rollout's fill the batch up, and mean nothing.
+    """
+
+    rollout: Rollout
+    views: TokenViews
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenViewer:
     """Host side of the comparison: batches in, rows of plain numbers and text out.
+
+    In two parts, since the parameters are only there before an update, and the host has time after.
 
     Attributes:
       compare: from `make_compare`.
@@ -164,7 +178,7 @@ class TokenViewer:
     response_width: int
     pad_id: int
 
-    def __call__(
+    def start(
         self,
         student: Params,
         teacher: Params,
@@ -172,13 +186,13 @@ class TokenViewer:
         student_prompts: Sequence[Sequence[int]],
         teacher_prompts: Sequence[Sequence[int]],
         count: int,
-    ) -> list[dict[str, Any]]:
-        """The first `count` rollouts, each as `as_json` gives it.
+    ) -> list[Compared]:
+        """Starts the comparison of the first `count` rollouts, and does not wait for it.
 
         Args:
           sampled: numpy arrays, one row for each prompt.
         """
-        count, views = min(count, len(student_prompts)), []
+        count, started = min(count, len(student_prompts)), []
         for start in range(0, count, self.rows_at_a_time):
             # The last rows stand in for those that a full batch lacks, and are dropped again.
             last = len(student_prompts) - 1
@@ -193,14 +207,21 @@ class TokenViewer:
                 response_width=self.response_width,
                 pad_id=self.pad_id,
             )
-            compared = self.compare(student, teacher, sharding.place(batch, self.rows))
-            compared = jax.device_get(compared)
-            for row in range(min(self.rows_at_a_time, count - start)):
-                length = int(part.lengths_B[row])
-                ids = part.tokens_BxR[row, :length].tolist()
-                view = jax.tree.map(lambda leaf, row=row, n=length: leaf[row, :n], compared)
-                views.append(as_json(self.tokenizer, ids, view))
-        return views
+            views = self.compare(student, teacher, sharding.place(batch, self.rows))
+            wanted = jax.tree.map(lambda leaf, n=count - start: leaf[:n], part)
+            started.append(Compared(wanted, views))
+        return started
+
+    def finish(self, started: Sequence[Compared]) -> list[dict[str, Any]]:
+        """Waits for the comparison; each rollout as `as_json` gives it."""
+        rows = []
+        for rollout, views in started:
+            views = jax.device_get(views)
+            for row, length in enumerate(rollout.lengths_B.tolist()):
+                ids = rollout.tokens_BxR[row, :length].tolist()
+                view = jax.tree.map(lambda leaf, row=row, n=length: leaf[row, :n], views)
+                rows.append(as_json(self.tokenizer, ids, view))
+        return rows
 
 
 def as_json(tokenizer: Any, ids: Sequence[int], view: TokenViews) -> dict[str, Any]:

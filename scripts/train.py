@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -48,10 +47,10 @@ from opsdc_jax.metrics import (
     read_metrics,
 )
 from opsdc_jax.models import weights
-from opsdc_jax.parts import Parts, describe, prepare
+from opsdc_jax.parts import Parts, batch_of, describe, prepare
 from opsdc_jax.progress import Progress
 from opsdc_jax.samples import SampleWriter
-from opsdc_jax.sampling import TRAIN_STREAM, SamplingParams, sequence_keys
+from opsdc_jax.sampling import SamplingParams
 from opsdc_jax.summary import best_student, summarise
 from opsdc_jax.workdir import Workdir, beside_finished, is_finished
 
@@ -120,11 +119,11 @@ def train(
         offload_optimizer=settings.optim.offload,
     )
     rows = sharding.batch_sharding(parts.mesh)
-    write_samples = SampleWriter.of_run(settings, parts, workdir.samples)
+    writer = SampleWriter.of_run(settings, parts, workdir.samples)
     sampling = SamplingParams(
         settings.sampler.temperature, settings.sampler.top_p, settings.sampler.top_k
     )
-    batch_size, last_step = settings.train.batch_size, settings.train.steps
+    last_step = settings.train.steps
     longest = settings.sampler.max_prompt_tokens + settings.sampler.max_response_tokens
 
     evaluator = Evaluator(
@@ -173,6 +172,7 @@ def train(
         if not first_step and distributed.is_first():
             warn(guards.short_budgets(workdir.eval, settings.eval.max_response_tokens))
 
+        asked = batch_of(settings, parts, first_step + 1)
         progress.restart_clock()
         began = time.perf_counter()
         for step in range(first_step + 1, last_step + 1):
@@ -182,30 +182,21 @@ def train(
                     checkpoints.save(state, step - 1)
                 return stopped(step - 1)
             with sharding.explicit_transfers():
-                examples = parts.source.train(step, batch_size)
-                student_prompts = [parts.prompts.student(e.problem) for e in examples]
-                teacher_prompts = [parts.prompts.teacher(e.problem) for e in examples]
-                keys = sequence_keys(settings.seed, TRAIN_STREAM, step, np.arange(batch_size))
-                sampled = parts.sampler(state.student, student_prompts, keys, sampling)
+                sampled = parts.sampler(
+                    state.student, asked.student_prompts, asked.keys_B, sampling
+                )
                 # The last step's metrics, while this step's rollout runs.
                 guard.add(progress.print_pending(), state)
                 sampled = jax.device_get(sampled)
+                kept = None
                 if step == 1 or due(step, settings.log.samples_every, last_step):
                     # Before the update: by the very student that sampled, and its teacher.
-                    write_samples(
-                        step,
-                        state.student,
-                        state.teacher,
-                        examples,
-                        sampled,
-                        student_prompts,
-                        teacher_prompts,
-                    )
+                    kept = writer.start(step, state.student, state.teacher, asked, sampled)
 
                 micro_batches = rollout.micro_batches(
                     sampled,
-                    student_prompts,
-                    teacher_prompts,
+                    asked.student_prompts,
+                    asked.teacher_prompts,
                     micro_batch_size=settings.train.micro_batch_size,
                     longest=longest,
                     pad_id=parts.tokenizer.pad_token_id,
@@ -224,6 +215,10 @@ def train(
                 if distill.refresh_due(step, settings.teacher.every):
                     teacher = jitted.refresh(state.student, state.teacher)
                     state = dataclasses.replace(state, teacher=teacher)
+                # The device is busy with the update: the host's time to ask, and to write.
+                asked = batch_of(settings, parts, step + 1)
+                if kept:
+                    writer.finish(kept)
 
             metrics["padding_efficiency"] = rollout.padding_efficiency(micro_batches)
             progress.add(step, metrics, sampled, compilations.count)

@@ -16,6 +16,7 @@ from opsdc_jax.files import read_json, read_json_lines
 from opsdc_jax.metrics import CompileCounter, read_metrics
 from opsdc_jax.models import hf, qwen3, weights
 from opsdc_jax.parts import prepare
+from opsdc_jax.progress import TIMES
 from opsdc_jax.rollout import Rollout
 from opsdc_jax.samples import SampleWriter
 from opsdc_jax.tiny import BASE_FOLDER
@@ -37,7 +38,6 @@ SMALL = [
     "--config.log.samples=2",
     "--config.log.tensorboard=True",
 ]
-TIMES = ("tokens_per_s", "compilations")  # all else in metrics.jsonl must repeat
 
 
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
@@ -138,6 +138,37 @@ def test_evaluation_can_be_off(tmp_path, capsys):
     assert json.loads((workdir / "eval" / "summary.json").read_text()) == {"benchmarks": {}}
 
 
+def test_the_host_asks_and_writes_while_the_device_works(tmp_path, monkeypatch):
+    """After a step's update is under way, and before anything waits for its metrics."""
+    calls = []
+
+    def recorded(owner, name):
+        function = getattr(owner, name)
+
+        def record(*arguments, **options):
+            calls.append(name)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, record)
+
+    recorded(train, "batch_of")
+    recorded(train.SampleWriter, "start")
+    recorded(train.SampleWriter, "finish")
+    recorded(train.Progress, "print_pending")
+    make = train.distill.make_train_step
+
+    def watched(*arguments, **options):
+        jitted = make(*arguments, **options)
+        applied = lambda *state: calls.append("apply") or jitted.apply(*state)  # noqa: E731
+        return jitted._replace(apply=applied)
+
+    monkeypatch.setattr(train.distill, "make_train_step", watched)
+    small = ["--config.eval.source=none", "--config.train.steps=2", "--config.log.samples_every=2"]
+    assert run(tmp_path / "run", *small, "--config.checkpoint.every_steps=0") == cli.EXIT_DONE
+    step = ["print_pending", "start", "apply", "batch_of", "finish"]
+    assert calls == ["batch_of", *step, *step, "print_pending"]
+
+
 def test_samples_hold_the_sampled_ids(finished):
     names = [f"{kind}-00000{step}" for kind in ("step", "tokens") for step in (1, 3, 4)]
     assert sorted(path.stem for path in (finished / "samples").iterdir()) == names
@@ -181,7 +212,8 @@ def test_a_checkpoint_gives_the_views_of_the_next_step_again(finished):
         logprobs_BxR=np.zeros((2, 24), np.float32),
     )
     problems = [sample["problem"] for sample in samples]
-    views = SampleWriter.of_run(settings, parts, finished / "samples").viewer(
+    viewer = SampleWriter.of_run(settings, parts, finished / "samples").viewer
+    started = viewer.start(
         params,
         params,
         sampled,
@@ -189,6 +221,7 @@ def test_a_checkpoint_gives_the_views_of_the_next_step_again(finished):
         [parts.prompts.teacher(problem) for problem in problems],
         count=2,
     )
+    views = viewer.finish(started)
     written = list(read_json_lines(finished / "samples" / "tokens-000003.jsonl"))
     for view, row in zip(views, written, strict=False):
         assert view == {key: row[key] for key in view}

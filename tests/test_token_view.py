@@ -135,16 +135,17 @@ def test_no_logits_of_all_positions_exist():
         assert f"tensor<{rows}xf32>" not in text
 
 
-def viewer(rows_at_a_time):
-    return TokenViewer(
+def viewed(rows_at_a_time, *arguments, count):
+    viewer = TokenViewer(
         comparison(8), Numbers(), sharding.batch_sharding(MESH), rows_at_a_time, 7, 12, 0
     )
+    return viewer.finish(viewer.start(*arguments, count))
 
 
 @pytest.mark.parametrize("rows_at_a_time", [2, 4])
 def test_the_viewer_gives_the_first_rollouts_however_they_are_cut(rows_at_a_time):
     prompts = STUDENT_PROMPTS, TEACHER_PROMPTS
-    found = viewer(rows_at_a_time)(STUDENT, TEACHER, SAMPLED, *prompts, count=9)
+    found = viewed(rows_at_a_time, STUDENT, TEACHER, SAMPLED, *prompts, count=9)
     assert [len(rollout["tokens"]) for rollout in found] == LENGTHS
     for row, rollout in enumerate(found):
         length = LENGTHS[row]
@@ -155,13 +156,13 @@ def test_the_viewer_gives_the_first_rollouts_however_they_are_cut(rows_at_a_time
         assert text == str(views().teacher_ids[row, 0, 0])
         assert prob == pytest.approx(float(views().teacher_probs[row, 0, 0]), rel=1e-2)
         assert json.loads(json.dumps(rollout)) == rollout
-    assert len(viewer(rows_at_a_time)(STUDENT, TEACHER, SAMPLED, *prompts, count=2)) == 2
-    assert viewer(rows_at_a_time)(STUDENT, TEACHER, SAMPLED, *prompts, count=0) == []
+    assert len(viewed(rows_at_a_time, STUDENT, TEACHER, SAMPLED, *prompts, count=2)) == 2
+    assert viewed(rows_at_a_time, STUDENT, TEACHER, SAMPLED, *prompts, count=0) == []
 
 
 def test_equal_sides_have_no_divergence():
     prompts = STUDENT_PROMPTS, STUDENT_PROMPTS
-    for rollout in viewer(3)(STUDENT, STUDENT, SAMPLED, *prompts, count=3):
+    for rollout in viewed(3, STUDENT, STUDENT, SAMPLED, *prompts, count=3):
         assert max(map(abs, rollout["kl"])) <= 1e-6
         assert rollout["student_top"] == rollout["teacher_top"]
 
