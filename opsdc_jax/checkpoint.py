@@ -102,6 +102,18 @@ class Checkpointer:
         self._saved_at = time.monotonic()
         self._saves += 1
 
+    def check(self) -> None:
+        """Returns at once, whether a save is in progress or not.
+
+        Raises:
+          InputError: the last save has failed.
+        """
+        # Not by the manager's check_for_errors: the thread that deletes old checkpoints after the
+        # save asks it too, and who asks first takes the error away from the other.
+        if not self._manager.is_saving_in_progress():
+            with self._blocking():
+                self._manager.wait_until_finished()
+
     def overdue(self, minutes: float) -> bool:
         """Whether the last save is at least so long ago; called by all processes. 0: never."""
         waited = time.monotonic() - self._saved_at
@@ -165,8 +177,8 @@ class Checkpointer:
         began = time.perf_counter()
         try:
             yield
-        except (OSError, ValueError) as error:
-            # Of the array writer, a full disk is a ValueError that ends with the system's number.
+        except Exception as error:
+            # Of the array writer, a full disk is an error that ends with the system's number.
             code = re.search(r"os_error_code='(\d+)'", str(error))
             if not isinstance(error, OSError | InputError) and not code:
                 raise

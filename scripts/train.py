@@ -176,6 +176,7 @@ def train(
         progress.restart_clock()
         began = time.perf_counter()
         for step in range(first_step + 1, last_step + 1):
+            checkpoints.check()
             if stop_asked():
                 guard.add(progress.print_pending(), state)
                 if step - 1 > first_step:
