@@ -1,5 +1,6 @@
 """scripts/train.py as a user runs it, in miniature: artefacts, resume, bad input."""
 
+import contextlib
 import errno
 import json
 
@@ -39,6 +40,9 @@ SMALL = [
 TIMES = ("tokens_per_s", "compilations")  # all else in metrics.jsonl must repeat
 
 
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+
+
 def run(workdir, *more):
     return cli.run(train.main, [*TINY, *SMALL, "--workdir", str(workdir), *more])
 
@@ -46,8 +50,22 @@ def run(workdir, *more):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    assert run(workdir) == cli.EXIT_DONE
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        (workdir.parent / "output.txt").open("w") as output,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+    ):
+        for name in SECRETS:
+            patch.setenv(name, f"canary-{name}")
+        assert run(workdir) == cli.EXIT_DONE
     return workdir
+
+
+def test_a_run_keeps_no_secret(finished):
+    files = [path for path in finished.parent.rglob("*") if path.is_file()]
+    assert finished.parent / "output.txt" in files
+    assert [path for path in files if b"canary-" in path.read_bytes()] == []
 
 
 def test_the_run_leaves_everything_behind(finished):

@@ -28,10 +28,12 @@ class _Hub(http.server.BaseHTTPRequestHandler):
     commits: dict[str, dict[str, bytes]]
     names: dict[str, str]
     asked: list[str]
+    tokens: list[str | None]
 
     def do_GET(self):
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
         self.asked.append(path)
+        self.tokens.append(self.headers.get("Authorization"))
         revision, _, file = path.removeprefix(f"/{ID}/resolve/").partition("/")
         if path.startswith(f"/api/models/{ID}/revision/"):
             commit = self._commit(path.rpartition("/")[2])
@@ -88,7 +90,10 @@ def hub(tmp_path, monkeypatch):
     handler = type(
         "Hub",
         (_Hub,),
-        {"commits": files, "names": {"main": "a" * 40, "v1": "b" * 40}, "asked": []},
+        {
+            **{"commits": files, "names": {"main": "a" * 40, "v1": "b" * 40}},
+            **{"asked": [], "tokens": []},
+        },
     )
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -142,6 +147,16 @@ def test_offline_mode_asks_nobody(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert hf.resolve_folder(f"{ID}@v1") == online
     assert not hub.asked
+
+
+def test_the_token_goes_to_the_hub_and_into_no_message(hub, monkeypatch, capfd, caplog):
+    monkeypatch.setenv("HF_TOKEN", "canary")
+    caplog.set_level("DEBUG")
+    hf.resolve_folder(ID)
+    with pytest.raises(InputError) as caught:
+        hf.resolve_folder("someone/else")
+    assert "Bearer canary" in hub.tokens
+    assert "canary" not in "".join([str(caught.value), *capfd.readouterr(), caplog.text])
 
 
 @pytest.mark.parametrize("path", [f"{ID}@v2", "someone/else"])
