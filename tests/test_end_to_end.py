@@ -43,6 +43,9 @@ SMALL = [
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 
 
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+
+
 def run(workdir, *more):
     return cli.run(train.main, [*TINY, *SMALL, "--workdir", str(workdir), *more])
 
