@@ -136,8 +136,8 @@ def alarms(rows: Sequence[Row], settings: ConfigDict) -> dict[str, Alarm]:
     """The troubles at the newest row, by name.
 
     Args:
-      rows: of metrics.jsonl, from the first step to the newest. Skipped steps count for
-        `nonfinite` only; so do values that are missing or not finite.
+      rows: of metrics.jsonl, from the first step to the newest. Values that are missing or not
+        finite count for `nonfinite` only.
       settings: the `guards` section of the run's configuration.
     """
     skipped = nonfinite(rows, settings)
@@ -164,7 +164,7 @@ def drift(key: str, rows: Sequence[Row], settings: ConfigDict) -> Alarm | None:
     """An alarm if a value has left its band, see `bands`."""
     window = settings.window
     values = course(key, rows)
-    if len(values) <= window or values[-1][0] != rows[-1]["step"]:
+    if len(values) <= window:
         return None
     band = bands(key, [value for _, value in values], settings)
     if band.low <= band.now <= band.high:
@@ -181,12 +181,8 @@ def drift(key: str, rows: Sequence[Row], settings: ConfigDict) -> Alarm | None:
 
 
 def course(key: str, rows: Sequence[Row]) -> list[tuple[int, float]]:
-    """(step, value) of a key, without steps that were skipped or have no finite value of it."""
-    return [
-        (row["step"], row[key])
-        for row in rows
-        if not row.get("skipped") and math.isfinite(row.get(key, math.nan))
-    ]
+    """(step, value) of a key, without steps that have no finite value of it."""
+    return [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
 
 
 class Band(NamedTuple):
