@@ -14,6 +14,7 @@ to change, before anything is compiled); 3 stopped when asked to, the same comma
 import contextlib
 import dataclasses
 import sys
+import time
 from collections.abc import Sequence
 
 import jax
@@ -30,6 +31,7 @@ from opsdc_jax import (
     results,
     rollout,
     sharding,
+    startup,
 )
 from opsdc_jax.evaluate import Evaluator, System
 from opsdc_jax.files import read_json, write_json
@@ -133,11 +135,29 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> bool:
                 System(name, settings.model.path, parts.weights, concise)
                 for name, concise in ((results.BASE, False), (results.CONCISE, True))
             ]
-        for system in systems:
-            if not evaluator.run(system, state.student, stop_asked):
-                return stopped(first_step)
-
         asked = batch_of(settings, parts, first_step + 1)
+        with startup.compiling_ahead(
+            startup.step_programs(
+                jitted,
+                rollout.abstract_batches(
+                    asked.student_prompts,
+                    asked.teacher_prompts,
+                    micro_batch_size=settings.train.micro_batch_size,
+                    longest=longest,
+                    response_width=settings.sampler.max_response_tokens,
+                ),
+                rows,
+                single=settings.train.batch_size == settings.train.micro_batch_size,
+            )
+            if startup.worth_compiling_ahead()
+            else ()
+        ):
+            began = time.perf_counter()
+            for system in systems:
+                if not evaluator.run(system, state.student, stop_asked):
+                    return stopped(first_step)
+
+        print(startup.report(first_step + 1, time.perf_counter() - began), flush=True)
         progress.restart_clock()
         for step in range(first_step + 1, last_step + 1):
             if stop_asked():
