@@ -180,8 +180,7 @@ def micro_batches(
         np.array([len(prompt) for prompt in prompts]) + host.lengths_B
         for prompts in (student_prompts, teacher_prompts)
     )
-    step = _step(longest)
-    extra = max(0, math.ceil((teacher_T - student_T).max() / step) * step)
+    extra = _extra(teacher_T - student_T, longest)
     needed = np.maximum(student_T, teacher_T - extra)
     order = np.argsort(needed, kind="stable")
     batches = []
@@ -197,6 +196,49 @@ def micro_batches(
                 teacher_width=width + extra,
                 response_width=min(width, host.tokens_BxR.shape[1]),
                 pad_id=pad_id,
+            )
+        )
+    return batches
+
+
+def _extra(more_B: np.ndarray, longest: int) -> int:
+    """What the teacher's rows are wider by, from how much longer each of its prompts is."""
+    step = _step(longest)
+    return max(0, math.ceil(more_B.max() / step) * step)
+
+
+def abstract_batches(
+    student_prompts: Sequence[Sequence[int]],
+    teacher_prompts: Sequence[Sequence[int]],
+    *,
+    micro_batch_size: int,
+    longest: int,
+    response_width: int,
+) -> list[DistillBatch]:
+    """All that `micro_batches` can give in a run, widest first, as shapes and dtypes.
+
+    Args:
+      student_prompts, teacher_prompts: of any batch of the run.
+      response_width: of the rollouts' arrays.
+    """
+    sides = zip(student_prompts, teacher_prompts, strict=True)
+    extra = _extra(np.array([len(theirs) - len(ours) for ours, theirs in sides]), longest)
+
+    def tokens(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.int32)
+
+    B, batches = micro_batch_size, []
+    for width in reversed(row_widths(longest)):
+        R = min(width, response_width)
+        batches.append(
+            DistillBatch(
+                student_BxT=tokens(B, width),
+                teacher_BxT=tokens(B, width + extra),
+                student_prompt_B=tokens(B),
+                teacher_prompt_B=tokens(B),
+                response_BxR=tokens(B, R),
+                lengths_B=tokens(B),
+                logprobs_BxR=jax.ShapeDtypeStruct((B, R), np.float32),
             )
         )
     return batches

@@ -36,6 +36,7 @@ from opsdc_jax import (
     rollout,
     samples,
     sharding,
+    startup,
 )
 from opsdc_jax.evaluate import Evaluator, System
 from opsdc_jax.files import read_json, write_json
@@ -165,14 +166,17 @@ def train(
                 System(name, settings.model.path, parts.weights, concise)
                 for name, concise in ((results.BASE, False), (results.CONCISE, True))
             ]
-        for system in systems:
-            if not evaluator.run(system, state.student, stop_asked):
-                return stopped(first_step)
+        asked = batch_of(settings, parts, first_step + 1)
+        with startup.compiling_ahead(startup.worth_compiling(settings, jitted, asked, rows)):
+            began = time.perf_counter()
+            for system in systems:
+                if not evaluator.run(system, state.student, stop_asked):
+                    return stopped(first_step)
         checkpoints.best = distributed.first_does(lambda: best_student(workdir.eval))
         if not first_step and distributed.is_first():
             warn(guards.short_budgets(workdir.eval, settings.eval.max_response_tokens))
 
-        asked = batch_of(settings, parts, first_step + 1)
+        print(startup.report(first_step + 1, time.perf_counter() - began), flush=True)
         progress.restart_clock()
         began = time.perf_counter()
         for step in range(first_step + 1, last_step + 1):
