@@ -10,9 +10,12 @@ from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
 
+from opsdc_jax import sharding
 from opsdc_jax.distill import TrainStep
-from opsdc_jax.rollout import DistillBatch
+from opsdc_jax.parts import Batch, Parts
+from opsdc_jax.rollout import DistillBatch, abstract_batches
 
 
 def report(step: int, evaluating: float) -> str:
@@ -34,6 +37,28 @@ def since_launch() -> float | None:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError):
         return None
+
+
+def programs_of(
+    settings: ConfigDict, parts: Parts, jitted: TrainStep, batch: Batch
+) -> Iterable[Callable[[], Any]]:
+    """The `step_programs` of a run; none where compiling them ahead is not worth it.
+
+    Args:
+      batch: any of the run's.
+    """
+    if not worth_compiling_ahead():
+        return ()
+    sampler, train = settings.sampler, settings.train
+    batches = abstract_batches(
+        batch.student_prompts,
+        batch.teacher_prompts,
+        micro_batch_size=train.micro_batch_size,
+        longest=sampler.max_prompt_tokens + sampler.max_response_tokens,
+        response_width=sampler.max_response_tokens,
+    )
+    rows = sharding.batch_sharding(parts.mesh)
+    return step_programs(jitted, batches, rows, single=train.batch_size == train.micro_batch_size)
 
 
 def step_programs(

@@ -136,22 +136,7 @@ def train(settings: ConfigDict, parts: Parts, workdir: Workdir) -> bool:
                 for name, concise in ((results.BASE, False), (results.CONCISE, True))
             ]
         asked = batch_of(settings, parts, first_step + 1)
-        with startup.compiling_ahead(
-            startup.step_programs(
-                jitted,
-                rollout.abstract_batches(
-                    asked.student_prompts,
-                    asked.teacher_prompts,
-                    micro_batch_size=settings.train.micro_batch_size,
-                    longest=longest,
-                    response_width=settings.sampler.max_response_tokens,
-                ),
-                rows,
-                single=settings.train.batch_size == settings.train.micro_batch_size,
-            )
-            if startup.worth_compiling_ahead()
-            else ()
-        ):
+        with startup.compiling_ahead(startup.programs_of(settings, parts, jitted, asked)):
             began = time.perf_counter()
             for system in systems:
                 if not evaluator.run(system, state.student, stop_asked):
