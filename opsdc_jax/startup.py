@@ -12,10 +12,10 @@ import jax
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from opsdc_jax import rollout
+from opsdc_jax import sharding
 from opsdc_jax.distill import TrainStep
-from opsdc_jax.parts import Batch
-from opsdc_jax.rollout import DistillBatch
+from opsdc_jax.parts import Batch, Parts
+from opsdc_jax.rollout import DistillBatch, abstract_batches
 
 
 def report(step: int, evaluating: float) -> str:
@@ -37,6 +37,28 @@ def since_launch() -> float | None:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError):
         return None
+
+
+def programs_of(
+    settings: ConfigDict, parts: Parts, jitted: TrainStep, batch: Batch
+) -> Iterable[Callable[[], Any]]:
+    """The `step_programs` of a run; none where compiling them ahead is not worth it.
+
+    Args:
+      batch: any of the run's.
+    """
+    if not worth_compiling_ahead():
+        return ()
+    sampler, train = settings.sampler, settings.train
+    batches = abstract_batches(
+        batch.student_prompts,
+        batch.teacher_prompts,
+        micro_batch_size=train.micro_batch_size,
+        longest=sampler.max_prompt_tokens + sampler.max_response_tokens,
+        response_width=sampler.max_response_tokens,
+    )
+    rows = sharding.batch_sharding(parts.mesh)
+    return step_programs(jitted, batches, rows, single=train.batch_size == train.micro_batch_size)
 
 
 def step_programs(
@@ -71,29 +93,12 @@ def step_programs(
             yield compiled(jitted.accumulate, student, teacher, accumulator, placed)
 
 
-def worth_compiling(
-    settings: ConfigDict, jitted: TrainStep, batch: Batch, rows: NamedSharding
-) -> Iterable[Callable[[], Any]]:
-    """`step_programs` of a run, where compiling them beside an evaluation hides it; else none.
+def worth_compiling_ahead() -> bool:
+    """Whether compiling beside an evaluation hides it: on a CPU either would slow the other down.
 
-    On a CPU either would slow the other down. Several processes must compile in one order, which
-    two threads of each would not keep.
-
-    Args:
-      batch: of any step of the run.
-      rows: sharding of a micro-batch.
+    Several processes must compile in one order, which two threads of each would not keep.
     """
-    if jax.default_backend() == "cpu" or jax.process_count() > 1:
-        return ()
-    sampler, train = settings.sampler, settings.train
-    batches = rollout.abstract_batches(
-        batch.student_prompts,
-        batch.teacher_prompts,
-        micro_batch_size=train.micro_batch_size,
-        longest=sampler.max_prompt_tokens + sampler.max_response_tokens,
-        response_width=sampler.max_response_tokens,
-    )
-    return step_programs(jitted, batches, rows, train.batch_size == train.micro_batch_size)
+    return jax.default_backend() != "cpu" and jax.process_count() == 1
 
 
 @contextlib.contextmanager

@@ -167,7 +167,7 @@ def train(
                 for name, concise in ((results.BASE, False), (results.CONCISE, True))
             ]
         asked = batch_of(settings, parts, first_step + 1)
-        with startup.compiling_ahead(startup.worth_compiling(settings, jitted, asked, rows)):
+        with startup.compiling_ahead(startup.programs_of(settings, parts, jitted, asked)):
             began = time.perf_counter()
             for system in systems:
                 if not evaluator.run(system, state.student, stop_asked):

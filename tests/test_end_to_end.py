@@ -355,7 +355,7 @@ def test_bad_input_stops_before_any_compilation(tmp_path, capsys, arguments, mes
     assert counter.count == 0
 
 
-SCRIPTS = ["train", "evaluate", "report", "sample", "export", "rehearse"]
+SCRIPTS = ["train", "evaluate", "report", "sample", "export", "rehearse", "soak"]
 SCRIPTS += ["bench_demo", "bench_intervals", "bench_report"]
 
 

@@ -117,7 +117,7 @@ def verdicts(
 
 
 def _keep(path: pathlib.Path, verdict: Verdict) -> None:
-    with contextlib.suppress(OSError):  # without a place to keep it, it is made again
+    with contextlib.suppress(OSError, InputError):  # without a place to keep it, it is made again
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, dataclasses.asdict(verdict))
 
