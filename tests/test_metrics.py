@@ -130,6 +130,8 @@ def test_tensorboard_gets_every_number_and_a_resumed_run_repeats_none(tmp_path):
     written(tmp_path, 0, [1, 2, 3], settings)
     scalars = [event for event in events(tmp_path / "tensorboard") if event[1] == "loss"]
     assert scalars == [(1, "loss", 0.125), (2, "loss", 0.25), (3, "loss", 0.375)]
+    for path in (tmp_path / "tensorboard").iterdir():
+        path.rename(f"{path}.0")  # within one second the new file would have its name
     written(tmp_path, 2, [3], settings)
     assert [event for event in events(tmp_path / "tensorboard") if event[1] == "loss"] == scalars
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
