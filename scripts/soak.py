@@ -49,6 +49,7 @@ SETTINGS = (
     "optim.lr=1e-5",
     "eval.samples_per_level=16",
     "eval.batch_size=16",
+    "guards.action=warn",
     "checkpoint.every_steps=5",
 )
 MOST_GROWTH = 0.05  # of the undisturbed run's resident memory

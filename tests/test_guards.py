@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from opsdc_jax import cli, guards
 from opsdc_jax.config import default_config
 from opsdc_jax.files import read_json, write_json, write_json_lines
+from opsdc_jax.grading import SCORERS
 from opsdc_jax.metrics import read_metrics
 from opsdc_jax.tiny import BASE_FOLDER
 
@@ -227,8 +228,15 @@ def test_settings_that_are_known_to_fail_are_told():
 def test_a_budget_under_the_bases_longest_tenth_is_told(tmp_path, cut, expected):
     (tmp_path / "aime24").mkdir()
     write_json(tmp_path / "aime24" / "base.settings.json", {})
+    grade = {
+        **{"level": "all", "scores": dict.fromkeys(SCORERS, True)},
+        **dict.fromkeys(("index", "sample", "tokens", "thinking_tokens", "answer_tokens"), 1),
+        **dict.fromkeys(("repetitive", "unparsed", "timed_out"), False),
+        "doubt_words": 0,
+    }
     write_json_lines(
-        tmp_path / "aime24" / "base.grades.jsonl", [{"truncated": row < cut} for row in range(10)]
+        tmp_path / "aime24" / "base.grades.jsonl",
+        [{**grade, "truncated": row < cut} for row in range(10)],
     )
     told = guards.short_budgets(tmp_path, 1000)
     assert len(told) == expected
