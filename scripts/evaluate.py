@@ -218,6 +218,7 @@ def make_evaluator(
         vocab_size=len(model.tokenizer),
         stop_ids=hf.stop_token_ids(model.folder, model.tokenizer),
         pad_id=model.tokenizer.pad_token_id,
+        slots=settings.eval.batch_size,
     )
     return Evaluator(settings, benchmarks, prompts, model.tokenizer, sampler, folder)
 
