@@ -30,7 +30,6 @@ class Layout(NamedTuple):
     Attributes:
       mesh: of decoding.
       rows: slots.
-      prompts: that are prefilled together.
       prompt_width: that they are padded to.
       response_width: tokens of a response, at most.
       segment: tokens of a segment.
@@ -41,11 +40,16 @@ class Layout(NamedTuple):
     mesh: Mesh
     vocab_size: int
     rows: int
-    prompts: int
     prompt_width: int
     response_width: int
     segment: int
     pad_id: int
+
+    @property
+    def prompts(self) -> int:
+        """Prompts that are prefilled together: for a quarter of the slots."""
+        parts = batch_parts(self.mesh)
+        return math.ceil(self.rows / (4 * parts)) * parts
 
     @property
     def columns(self) -> tuple[int, ...]:
@@ -74,11 +78,16 @@ class Piece(NamedTuple):
     stopped: bool
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """How many parts of a mesh rows are split over."""
+    return mesh.shape["replica"] * mesh.shape["fsdp"]
+
+
 def rows_for(slots: int, responses: int, parts: int) -> int:
     """The slots that so many responses need: `slots`, halved while all of them have one.
 
     Args:
-      parts: of the mesh that rows are split over.
+      parts: `batch_parts` of the mesh.
     """
     while slots % (2 * parts) == 0 and slots // 2 >= responses:
         slots //= 2
@@ -122,8 +131,11 @@ def segments(
         while columns != fitting(layout.columns, wanted):
             # By one size at a time: fewer programs than one for each pair.
             larger = columns < wanted
-            columns = layout.columns[layout.columns.index(columns) + (1 if larger else -1)]
-            state = slots.resize(state, mesh=mesh, columns=columns)
+            new = layout.columns[layout.columns.index(columns) + (1 if larger else -1)]
+            for layer, cache in enumerate(state.caches):
+                state.caches[layer] = slots.resize(cache, state.column, mesh=mesh, columns=new)
+            column = sharding.place(slots.resized_column(columns, new), whole)
+            state, columns = state._replace(column=column), new
         state, view = slots.advance(weights, model, state, rules, **static)
         if pieces:
             yield pieces

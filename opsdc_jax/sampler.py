@@ -10,7 +10,6 @@ Shapes: B rows, P prompt width, R response width, N prompts of a call.
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -251,14 +250,13 @@ class Sampler:
         sampling: SamplingParams,
         segment: int,
     ) -> Iterator[list[Piece]]:
-        parts = math.prod(self.mesh.shape[axis] for axis in ("replica", "fsdp"))
+        parts = continuous.batch_parts(self.mesh)
         rows = continuous.rows_for(self.slots or len(prompts), len(prompts), parts)
         layout = Layout(
             model=self.model,
             mesh=self.mesh,
             vocab_size=self.vocab_size,
             rows=rows,
-            prompts=math.ceil(rows / (4 * parts)) * parts,
             prompt_width=fitting(self.prompt_buckets, max(map(len, prompts))),
             response_width=self.response_width,
             segment=segment,

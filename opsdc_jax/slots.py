@@ -373,27 +373,36 @@ def advance(
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "columns"))
-def resize(slots: Slots, *, mesh: Mesh, columns: int) -> Slots:
-    """Gives the ring another number of columns; the newest stay."""
-    slots = _placed(slots, mesh)
-    S = slots.caches[0].keys.shape[2]
+def resize(cache: KVCache, column: jax.Array, *, mesh: Mesh, columns: int) -> KVCache:
+    """A layer's ring with another number of columns; the newest stay.
+
+    A layer at a time: the rings of all layers are never there twice. The next token then belongs
+    into `resized_column`.
+    """
+    S = cache.keys.shape[2]
 
     def laid(cache_BxNxSxK: jax.Array) -> jax.Array:
-        oldest_first = jnp.roll(cache_BxNxSxK, -slots.column, axis=2)
+        oldest_first = jnp.roll(cache_BxNxSxK, -column, axis=2)
         if columns <= S:
             return oldest_first[:, :, S - columns :]
         return jnp.pad(oldest_first, ((0, 0), (0, 0), (0, columns - S), (0, 0)))
 
-    caches = jax.tree.map(laid, slots.caches)
-    # The next token takes the place of the oldest that is left, or the first new one.
-    column = jnp.int32(S if columns > S else 0)
-    return _placed(slots._replace(caches=caches, column=column), mesh)
+    cache = jax.lax.with_sharding_constraint(cache, placements(mesh).caches)
+    return jax.lax.with_sharding_constraint(jax.tree.map(laid, cache), placements(mesh).caches)
 
 
-def _placed(slots: Slots, mesh: Mesh) -> Slots:
+def resized_column(old: int, new: int) -> int:
+    """In place of the oldest that is left, or the first new one."""
+    return old if new > old else 0
+
+
+def placements(mesh: Mesh) -> Any:
     """Rows over the batch axes, caches over their heads too: the same at every program's ends."""
     cache = sharding.spec(sharding.DECODE_RULES, ("batch", "kv_heads", None, None))
     placed: Any = dict.fromkeys(Slots._fields, sharding.batch_sharding(mesh))
     placed |= dict.fromkeys(("column", "step"), sharding.whole(mesh))
-    placed["caches"] = NamedSharding(mesh, cache)
-    return jax.lax.with_sharding_constraint(slots, Slots(**placed))
+    return Slots(**placed | {"caches": NamedSharding(mesh, cache)})
+
+
+def _placed(slots: Slots, mesh: Mesh) -> Slots:
+    return jax.lax.with_sharding_constraint(slots, placements(mesh))

@@ -174,7 +174,7 @@ def test_a_stream_grows_into_what_generate_returns(segment, budget, all_stop):
 
 
 def layout(**sizes):
-    defaults = {"rows": 4, "prompts": 1, "prompt_width": 40, "response_width": 160, "segment": 32}
+    defaults = {"rows": 4, "prompt_width": 40, "response_width": 160, "segment": 32}
     return Layout(model=None, mesh=None, vocab_size=8, pad_id=0, **defaults | sizes)
 
 

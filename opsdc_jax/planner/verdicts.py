@@ -46,7 +46,7 @@ class Verdict:
     Attributes:
       peak: arguments, temporaries and outputs together; None where it does not compile.
       arguments: of these, the arguments; `state`: of these, parts of the train state.
-      parts: further parts of memory it knows of: gradients, decode_weights, kv_cache.
+      parts: further parts of memory it knows of, by name (`text`).
       cost: FLOPs and bytes of its matrix products, over all devices (`roofline.Cost`).
       collectives: bytes and number by kind (`hlo.collectives`).
       error: what the compiler said, where it refused for another reason than memory.
