@@ -23,6 +23,7 @@ from opsdc_jax.planner.topology import Topology
 # Of the package, relative: all that the programs are made of. A change makes verdicts old.
 SOURCES = (
     "config.py",
+    "continuous.py",
     "distill.py",
     "losses.py",
     "models",
@@ -34,6 +35,7 @@ SOURCES = (
     "sampler.py",
     "sampling.py",
     "sharding.py",
+    "slots.py",
 )
 _TOTAL = re.compile(r"Memory Space: default[^\n]*\nTotal bytes: (\d+)")
 _POLL_SECONDS = 0.1
