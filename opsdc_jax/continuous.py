@@ -22,6 +22,7 @@ from opsdc_jax.rollout import fitting, left_pad
 from opsdc_jax.slots import Refill, Rules, View
 
 SEGMENT = 32  # tokens between two looks at what is done
+LEAST_COLUMNS = 256  # of a ring: a shorter one saves less than its programs cost to compile
 
 
 class Layout(NamedTuple):
@@ -56,7 +57,7 @@ class Layout(NamedTuple):
         """The sizes of the ring, ascending: whole contexts; and halves, down to an eighth."""
         whole = self.prompt_width + self.response_width
         unit = 128 if whole >= 1024 else 8  # what kernels like
-        least = min(self.prompt_width + self.segment, whole)
+        least = max(self.prompt_width + self.segment, LEAST_COLUMNS)
         parts = (math.ceil(max(whole / part, least) / unit) * unit for part in (2, 4, 8))
         return tuple(sorted({whole, *(size for size in parts if size < whole)}))
 
@@ -134,7 +135,7 @@ def segments(
             new = layout.columns[layout.columns.index(columns) + (1 if larger else -1)]
             for layer, cache in enumerate(state.caches):
                 state.caches[layer] = slots.resize(cache, state.column, mesh=mesh, columns=new)
-            column = sharding.place(slots.resized_column(columns, new), whole)
+            column = sharding.place(columns if larger else 0, whole)
             state, columns = state._replace(column=column), new
         state, view = slots.advance(weights, model, state, rules, **static)
         if pieces:

@@ -117,9 +117,6 @@ class View(NamedTuple):
     logprobs_BxW: Array
 
 
-# --- what the programs are made of ---------------------------------------------------------------
-
-
 def for_decoding(params: Params, config: Qwen3Config, mesh: Mesh) -> Params:
     """The parameters in compute dtype and decoding's layout.
 
@@ -264,9 +261,6 @@ def decode_until_done(
     return jax.lax.while_loop(unfinished, body, slots)
 
 
-# --- the programs of continuous batching ---------------------------------------------------------
-
-
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def prepare(params: Params, config: Qwen3Config, mesh: Mesh) -> Weights:
     """The weights of a call, made once."""
@@ -376,8 +370,8 @@ def advance(
 def resize(cache: KVCache, column: jax.Array, *, mesh: Mesh, columns: int) -> KVCache:
     """A layer's ring with another number of columns; the newest stay.
 
-    A layer at a time: the rings of all layers are never there twice. The next token then belongs
-    into `resized_column`.
+    A layer at a time: the rings of all layers are never there twice. Columns lie oldest first: the
+    next to be written is 0, the oldest that is left, or, in a larger ring, the first new one.
     """
     S = cache.keys.shape[2]
 
@@ -389,11 +383,6 @@ def resize(cache: KVCache, column: jax.Array, *, mesh: Mesh, columns: int) -> KV
 
     cache = jax.lax.with_sharding_constraint(cache, placements(mesh).caches)
     return jax.lax.with_sharding_constraint(jax.tree.map(laid, cache), placements(mesh).caches)
-
-
-def resized_column(old: int, new: int) -> int:
-    """In place of the oldest that is left, or the first new one."""
-    return old if new > old else 0
 
 
 def placements(mesh: Mesh) -> Any:
