@@ -55,7 +55,8 @@ def default_config() -> ConfigDict:
     config.sampler.temperature = 1.0  # paper
     config.sampler.top_p = 1.0  # paper
     config.sampler.top_k = 0  # 0 = off; paper
-    # Rows that decode at a time, which bounds the KV cache; changes no result. 0: the whole batch
+    # Rows that decode at a time, which bounds the KV cache; when a response ends, its row takes the
+    # next prompt. Changes no result. 0: the whole batch, until its longest response ends
     config.sampler.slots = 0
 
     config.train = ConfigDict()
@@ -100,7 +101,7 @@ def default_config() -> ConfigDict:
     config.eval.samples = 8  # responses to each problem; paper
     config.eval.every = 0  # steps between evaluations of the student; 0 = only before and after
     config.eval.samples_per_level = 512  # fresh problems of each difficulty level (tiny)
-    config.eval.batch_size = 32  # responses sampled at a time
+    config.eval.batch_size = 32  # rows that decode at a time, as sampler.slots
     config.eval.max_response_tokens = 30_000  # paper
     config.eval.temperature = 0.6  # paper
     config.eval.top_p = 0.95  # paper
@@ -225,12 +226,6 @@ def validate(config: ConfigDict) -> None:
         raise InputError(
             f"train.batch_size={batch} is not a multiple of train.micro_batch_size={micro}: "
             f"choose a micro_batch_size that divides it"
-        )
-    slots = config.sampler.slots
-    if slots and batch % slots:
-        raise InputError(
-            f"train.batch_size={batch} is not a multiple of sampler.slots={slots}: "
-            f"choose slots that divide it, or 0 for the whole batch at once"
         )
 
 

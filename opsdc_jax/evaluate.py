@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -23,7 +22,7 @@ from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.progress import seconds
 from opsdc_jax.prompts import Prompts
 from opsdc_jax.results import SystemFiles
-from opsdc_jax.sampler import Sampler
+from opsdc_jax.sampler import Response, Sampler
 from opsdc_jax.sampling import EVAL_STREAM, SamplingParams, sequence_keys
 
 _PROGRESS_SECONDS = 30  # between two lines of progress
@@ -88,7 +87,7 @@ class Evaluator:
 
         Args:
           params: of the system's model; not needed if all its responses are there.
-          stop_asked: asked after every batch, by all processes together.
+          stop_asked: asked after every segment of decoding, by all processes together.
 
         Returns:
           False if it was asked to stop before all was there: another call goes on.
@@ -120,10 +119,7 @@ class Evaluator:
 
     def _sampled(self, files: SystemFiles, benchmark: Benchmark) -> int:
         """How many responses are there; what a crash left unfinished is dropped."""
-        first = distributed.is_first()
-        return distributed.from_first(
-            files.resume(self._total(benchmark), self.settings.eval.batch_size) if first else 0
-        )
+        return distributed.from_first(files.resume() if distributed.is_first() else 0)
 
     def _render(self, system: System) -> Callable[[str], list[int]]:
         return self.prompts.teacher if system.concise else self.prompts.student
@@ -150,16 +146,15 @@ class Evaluator:
             sampling=SamplingParams(options.temperature, options.top_p, options.top_k),
             seed=self.settings.seed,
             samples=options.samples,
-            batch_size=options.batch_size,
             first=first,
         ):
-            if distributed.is_first():
+            if rows and distributed.is_first():
                 files.append(rows)
             done += len(rows)
             if done < total and stop_asked():
                 return False
             now = time.perf_counter()
-            if done < total and now - printed > _PROGRESS_SECONDS:
+            if first < done < total and now - printed > _PROGRESS_SECONDS:
                 printed = now
                 left = (now - began) / (done - first) * (total - done)
                 print(
@@ -210,46 +205,50 @@ def responses(
     sampling: SamplingParams,
     seed: int,
     samples: int,
-    batch_size: int,
     first: int = 0,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Samples responses, a batch of rows of `<system>.jsonl` at a time, ordered by problem.
+    """Samples responses as rows of `<system>.jsonl`, ordered by problem and sample.
 
-    The samples of one problem stand side by side: they are of similar length, and a batch takes as
-    long as its longest response. The key of a response depends on the seed, its problem's index and
-    its number alone, so systems compared on the same problems share their random numbers.
+    After every segment of decoding it yields the rows whose turn has come, which may be none: a
+    response that ends before its predecessors waits for them. Those that wait hold at most the
+    tokens that all slots sample while one response uses its budget.
+
+    The samples of one problem stand side by side, so that its prompt is prefilled once. The key of
+    a response depends on the seed, its problem's index and its number alone, so systems compared on
+    the same problems share their random numbers.
 
     Args:
       prompts: token ids, one prompt for each example.
       samples: responses to each prompt (k).
-      batch_size: responses sampled at a time; the last batch is filled up and the filling dropped.
       first: number of the first response that is wanted.
     """
-    total = len(examples) * samples
-    for start in range(first, total, batch_size):
-        numbers = np.arange(start, start + batch_size) % total
-        indices_B, samples_B = np.divmod(numbers, samples)
-        keys_B = sequence_keys(seed, EVAL_STREAM, samples_B, indices_B)
-        rollout = jax.device_get(
-            sampler(params, [prompts[index] for index in indices_B], keys_B, sampling)
-        )
+    numbers_N = np.arange(first, len(examples) * samples)
+    indices_N, samples_N = np.divmod(numbers_N, samples)
+    keys_N = sequence_keys(seed, EVAL_STREAM, samples_N, indices_N)
+
+    def row(response: Response) -> dict[str, Any]:
+        index, ids = int(indices_N[response.number]), response.tokens.tolist()
+        example = examples[index]
+        return {
+            "index": index,
+            "sample": int(samples_N[response.number]),
+            "problem": example.problem,
+            "gold": example.answer,
+            "level": example.level,
+            "ids": ids,
+            "text": tokenizer.decode(ids[: len(ids) - response.stopped]),
+            "stopped": response.stopped,
+            "prompt_tokens": len(prompts[index]),
+        }
+
+    waiting: dict[int, Response] = {}
+    written = 0
+    for ended in sampler.responses(
+        params, [prompts[index] for index in indices_N], keys_N, sampling
+    ):
+        waiting |= {response.number: response for response in ended}
         rows = []
-        for row in range(min(batch_size, total - start)):
-            index, length = int(indices_B[row]), int(rollout.lengths_B[row])
-            stopped = bool(rollout.stopped_B[row])
-            ids = rollout.tokens_BxR[row, :length].tolist()
-            example = examples[index]
-            rows.append(
-                {
-                    "index": index,
-                    "sample": int(samples_B[row]),
-                    "problem": example.problem,
-                    "gold": example.answer,
-                    "level": example.level,
-                    "ids": ids,
-                    "text": tokenizer.decode(ids[: length - stopped]),
-                    "stopped": stopped,
-                    "prompt_tokens": len(prompts[index]),
-                }
-            )
+        while written in waiting:
+            rows.append(row(waiting.pop(written)))
+            written += 1
         yield rows

@@ -106,7 +106,9 @@ def prepare(settings: ConfigDict) -> Parts:
         slots=settings.sampler.slots,
     )
     eval_sampler = dataclasses.replace(
-        sampler, response_width=settings.eval.max_response_tokens, slots=0
+        sampler,
+        response_width=settings.eval.max_response_tokens,
+        slots=settings.eval.batch_size,
     )
     examples = [example for benchmark in benchmarks for example in benchmark.examples]
     training = source.train(1, 256)

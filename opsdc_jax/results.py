@@ -94,22 +94,16 @@ class SystemFiles(NamedTuple):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.settings, settings)
 
-    def resume(self, total: int, batch_size: int) -> int:
-        """Drops what a crash left unfinished; returns how many responses stay.
-
-        A torn line goes, and so does an incomplete batch: sampled again with the same rows beside
-        them, its responses come out the same to the last bit.
-        """
+    def resume(self) -> int:
+        """Drops a line that a crash left torn; returns how many responses stay."""
         if not self.responses.exists():
             return 0
-        lines = kept = end = position = 0
+        kept = end = 0
         with self.responses.open("r+b") as file:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
-                lines, position = lines + 1, position + len(line)
-                if lines % batch_size == 0 or lines == total:
-                    kept, end = lines, position
+                kept, end = kept + 1, end + len(line)
             file.truncate(end)
         return kept
 

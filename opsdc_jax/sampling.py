@@ -57,14 +57,18 @@ def _sequence_keys(
 def draw(
     logits_BxV: jax.Array, keys_B: jax.Array, step: jax.Array, sampling: SamplingParams
 ) -> jax.Array:
-    """One token id per row: the argmax at temperature 0, else drawn with fold_in(key, step)."""
+    """One token id per row: the argmax at temperature 0, else drawn with fold_in(key, step).
+
+    Args:
+      step: number of the token within its response; one for all rows, or [B].
+    """
     temperature = jnp.asarray(sampling.temperature, jnp.float32)
     scaled = logits_BxV / jnp.where(temperature > 0, temperature, 1.0)
     filtering = (jnp.asarray(sampling.top_p) < 1) | (jnp.asarray(sampling.top_k) > 0)
     scaled = jax.lax.cond(
         filtering, lambda x: keep_top(x, sampling.top_k, sampling.top_p), lambda x: x, scaled
     )
-    token_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, step)
+    token_keys = jax.vmap(jax.random.fold_in)(keys_B, jnp.broadcast_to(step, keys_B.shape))
     drawn = jax.vmap(jax.random.categorical)(token_keys, scaled)
     greedy = jnp.argmax(logits_BxV, axis=-1)
     return jnp.where(temperature > 0, drawn, greedy).astype(jnp.int32)

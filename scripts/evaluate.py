@@ -50,7 +50,7 @@ _FLAGS = {
     "limit": ("eval.limit", "problems of each benchmark, drawn at random; 0: all"),
     "samples_per_level": ("eval.samples_per_level", "problems of each level of tiny"),
     "max_prompt_tokens": ("sampler.max_prompt_tokens", "longer problems are left out"),
-    "batch_size": ("eval.batch_size", "responses sampled at a time"),
+    "batch_size": ("eval.batch_size", "rows that decode at a time"),
     "dtype": ("model.compute_dtype", "of weights and activations; of the tiny model: float32"),
     "tensor": ("mesh.tensor", "devices that share each matrix; batches go over the rest"),
 }
@@ -218,6 +218,7 @@ def make_evaluator(
         vocab_size=len(model.tokenizer),
         stop_ids=hf.stop_token_ids(model.folder, model.tokenizer),
         pad_id=model.tokenizer.pad_token_id,
+        slots=settings.eval.batch_size,
     )
     return Evaluator(settings, benchmarks, prompts, model.tokenizer, sampler, folder)
 

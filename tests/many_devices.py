@@ -17,15 +17,16 @@ import jax
 import numpy as np
 from helpers import ROOT, load_script, random_params
 
-from opsdc_jax import cli, distill, distributed, sampler, sampling, sharding
+from opsdc_jax import cli, distill, distributed, sampler, sharding, slots
 from opsdc_jax.config import default_config
 from opsdc_jax.models import qwen3
 from opsdc_jax.models.qwen3 import Qwen3Config
 from opsdc_jax.rollout import Rollout
+from opsdc_jax.sampling import SamplingParams, sequence_keys
 
 SCRIPT = load_script("train")
 MESHES = {"8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4), "1x8": (1, 8)}
-STEPS, ROWS, RESPONSE = 5, 16, 12
+STEPS, ROWS, RESPONSE, COLUMNS = 5, 16, 12, 52
 
 # 8 query and 8 key/value heads, and a vocabulary that 8 divides: fits every mesh of 8.
 EIGHT = Qwen3Config(
@@ -82,10 +83,12 @@ def meshes(base: str, out: pathlib.Path) -> None:
     arguments, static = calls[0]
     decode = compiled.lower(*arguments, **static).compile().as_text()
     looked_at = {"decode": decode_program(decode), "train": train_programs(8, 1)}
-    print(json.dumps(looked_at | {"wide": [sampled(width) for width in (2, 8)]}))
+    looked_at["wide"] = [sampled(width) for width in (2, 8)]
+    looked_at["continuous"] = [sampled(width, ROWS // 2) for width in (2, 8)]
+    print(json.dumps(looked_at | {"segments": segment_programs()}))
 
 
-def sampled(width: int) -> list[list[int]]:
+def sampled(width: int, rows: int = 0) -> list[list[int]]:
     """Greedy responses of a model of 2 key/value heads, its layers split over `width` devices."""
     model = dataclasses.replace(EIGHT, num_key_value_heads=2)
     mesh = sharding.make_mesh({"replica": 1, "fsdp": 8, "tensor": 1})
@@ -97,11 +100,46 @@ def sampled(width: int) -> list[list[int]]:
         vocab_size=model.vocab_size,
         stop_ids=(-1,),
         pad_id=0,
+        slots=rows,
     )
     params = jax.device_put(random_params(model, 1), qwen3.shardings(model, mesh))
     prompts = [[1 + row, *range(row % 5)] for row in range(ROWS)]
-    keys = sampling.sequence_keys(0, 0, 0, np.arange(ROWS))
-    return sample(params, prompts, keys, sampling.SamplingParams(0.0)).tokens_BxR.tolist()
+    keys = sequence_keys(0, 0, 0, np.arange(ROWS))
+    return sample(params, prompts, keys, SamplingParams(0.0)).tokens_BxR.tolist()
+
+
+def segment_programs() -> dict[str, list[str]]:
+    """What is exchanged in the programs of continuous batching, rows over 4 devices, heads over 2.
+
+    Returns:
+      the shapes that each program gathers, permutes or reduces; in `advance`, within its loop.
+    """
+    model = dataclasses.replace(EIGHT, num_key_value_heads=2)
+    mesh = sharding.make_mesh({"replica": 1, "fsdp": 8, "tensor": 1})
+    mesh = sampler.decode_mesh(model, mesh, 2)
+    static = {"mesh": mesh, "vocab_size": model.vocab_size}
+    params = jax.device_put(random_params(model, 1))
+    weights = slots.prepare(params, model, mesh)
+    state = slots.empty(model, mesh, ROWS, COLUMNS, 5)
+    prompts = np.zeros((4, 6), np.int32), np.full(4, 6, np.int32)
+    prefilled = slots.prefill(weights, model, mesh, *prompts)
+    start = slots.Refill(
+        0,
+        *(np.zeros(ROWS, kind) for kind in ("int32", bool, "int32", "int32")),
+        np.zeros((ROWS, 2), np.uint32),
+    )
+    rules = slots.Rules(SamplingParams(), np.zeros(2, np.int32))
+    texts = {
+        "refill": slots.refill.lower(weights, state, prefilled, start, rules, **static),
+        "advance": slots.advance.lower(weights, model, state, rules, **static),
+        "resize": slots.resize.lower(
+            state.caches[0], state.column, mesh=mesh, columns=COLUMNS // 2
+        ),
+    }
+    exchange = r"= (.*?) (?:all-gather|all-to-all|all-reduce|collective-permute)(?:-start)?\("
+    return {
+        name: re.findall(exchange, lowered.compile().as_text()) for name, lowered in texts.items()
+    }
 
 
 def decode_program(text: str) -> dict[str, object]:
@@ -167,11 +205,12 @@ def process(base: str, out: pathlib.Path) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     SCRIPT.Progress = AskedOnce
+    few_slots = f"--config.sampler.slots={ROWS // 2}"
     mesh = "--config.mesh.fsdp=4", "--config.mesh.tensor=2"
-    assert train(base, out, *mesh) == cli.EXIT_STOPPED
+    assert train(base, out, *mesh, few_slots) == cli.EXIT_STOPPED
     distributed.first_does(lambda: shutil.copytree(out, out.with_name("stopped")) and None)
     mesh = "--config.mesh.fsdp=2", "--config.mesh.tensor=4"
-    assert train(base, out, *mesh) == cli.EXIT_DONE
+    assert train(base, out, *mesh, few_slots) == cli.EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def test_every_config_is_valid_and_adds_no_key(path):
         ("loss.divergence", "kl", "is not one of.*reverse_kl"),
         ("model.compute_dtype", "float16", "is not one of.*bfloat16"),
         ("train.micro_batch_size", 5, "32 is not a multiple of train.micro_batch_size=5"),
-        ("sampler.slots", 12, "32 is not a multiple of sampler.slots=12"),
+        ("sampler.slots", -1, "sampler.slots=-1 must not be negative"),
         ("seed", -1, "seed=-1"),
         ("seed", 2**31, "must be at most"),
     ],

@@ -19,7 +19,7 @@ from opsdc_jax.config import InputError, default_config
 from opsdc_jax.data import Example
 from opsdc_jax.evaluate import Evaluator, System
 from opsdc_jax.results import SystemFiles
-from opsdc_jax.rollout import Rollout
+from opsdc_jax.sampler import Response
 from opsdc_jax.sampling import SamplingParams
 
 STOP = 7
@@ -28,20 +28,24 @@ STOP = 7
 class Parrot:
     """Prompts, tokenizer and sampler in one: the response to [n] is "Answer: n", n tokens long.
 
-    Prompts of 5 and more are cut by the budget.
+    Prompts of 5 and more are cut by the budget. In a segment four responses end, the last first.
     """
 
     def __init__(self):
-        self.batches = []
+        self.prompts = []
         self.keys = []
 
-    def __call__(self, params, prompts, keys, sampling):
-        self.batches.append([prompt[0] for prompt in prompts])
+    def responses(self, params, prompts, keys, sampling):
+        self.prompts += [prompt[0] for prompt in prompts]
         self.keys += [tuple(key) for key in jax.random.key_data(keys).tolist()]
-        lengths = np.array([prompt[0] for prompt in prompts])
-        tokens = np.full((len(prompts), 8), STOP)
-        tokens[:, 0] = lengths
-        return Rollout(tokens, lengths, lengths < 5, np.zeros(tokens.shape))
+        for start in range(0, len(prompts), 4):
+            yield []
+            ended = range(start, min(start + 4, len(prompts)))
+            yield [self.response(number, prompts[number][0]) for number in reversed(ended)]
+
+    def response(self, number, length):
+        tokens = np.array([length, *[STOP] * (length - 1)], np.int32)
+        return Response(number, tokens, np.zeros(length, np.float32), length < 5)
 
     def decode(self, ids):
         assert len(ids) == ids[0] - (ids[0] < 5), "the stop token is no part of the text"
@@ -60,30 +64,29 @@ def examples(numbers):
     return [Example(str(n), str(n), "odd" if n % 2 else "even") for n in numbers]
 
 
-def sampled(numbers, **options):
+def sampled(numbers, samples=1, first=0):
+    """The lists of rows that are written, one after the other; and the parrot."""
     parrot = Parrot()
-    options = {"samples": 1, "batch_size": 4} | options
-    batches = list(
-        evaluate.responses(
-            None,
-            parrot,
-            parrot,
-            examples(numbers),
-            [[number] for number in numbers],
-            sampling=SamplingParams(),
-            seed=0,
-            **options,
-        )
+    written = evaluate.responses(
+        None,
+        parrot,
+        parrot,
+        examples(numbers),
+        [[number] for number in numbers],
+        sampling=SamplingParams(),
+        seed=0,
+        samples=samples,
+        first=first,
     )
-    return [row for batch in batches for row in batch], parrot
+    return list(written), parrot
 
 
 def test_each_example_is_answered_once_in_order():
     numbers = [2, 3, 4, 2, 3, 4, 2, 3, 4, 6]
-    rows, parrot = sampled(numbers)
+    written, _ = sampled(numbers)
+    rows = [row for part in written for row in part]
     assert [len(row["ids"]) for row in rows] == numbers
     assert [row["index"] for row in rows] == list(range(10))
-    assert {len(batch) for batch in parrot.batches} == {4}, "one shape: the last batch is filled up"
     assert rows[0] == {
         "index": 0,
         "sample": 0,
@@ -100,19 +103,39 @@ def test_each_example_is_answered_once_in_order():
 
 
 def test_samples_of_a_problem_stand_side_by_side():
-    rows, parrot = sampled([2, 3], samples=3)
+    written, parrot = sampled([2, 3], samples=3)
+    rows = [row for part in written for row in part]
     assert [(row["index"], row["sample"]) for row in rows] == [
         *((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2))
     ]
-    assert len(set(parrot.keys[:6])) == 6
+    assert len(set(parrot.keys)) == 6
+
+
+def test_a_response_waits_for_its_predecessors():
+    """What is written is always a prefix, as soon as it is there."""
+
+    class Slow(Parrot):
+        def responses(self, params, prompts, keys, sampling):
+            for ended in ([2], [3, 1], [], [0], [4]):
+                yield [self.response(number, prompts[number][0]) for number in ended]
+
+    parrot = Slow()
+    numbers = [2, 3, 4, 2, 3]
+    prompts = [[number] for number in numbers]
+    written = evaluate.responses(
+        *(None, parrot, parrot, examples(numbers), prompts),
+        sampling=SamplingParams(),
+        seed=0,
+        samples=1,
+    )
+    assert [[row["index"] for row in rows] for rows in written] == [[], [], [], [0, 1, 2, 3], [4]]
 
 
 def test_keys_depend_on_the_problem_and_the_sample_alone():
-    """Not on the batch size, nor on where the sampling went on, nor on the number of samples."""
+    """Neither on where the sampling went on, nor on the number of samples."""
     numbers = [2, 3, 4, 2]
     keys = sampled(numbers, samples=2)[1].keys
     assert len(set(keys)) == 8
-    assert sampled(numbers, samples=2, batch_size=2)[1].keys == keys
     assert sampled(numbers, samples=2, first=4)[1].keys == keys[4:]
     assert sampled(numbers)[1].keys == keys[::2]
 
@@ -121,7 +144,7 @@ def test_keys_depend_on_the_problem_and_the_sample_alone():
 def evaluator(tmp_path):
     """An evaluator of two benchmarks, whose sampler is a parrot."""
     settings = default_config()
-    settings.eval.samples, settings.eval.batch_size = 2, 4
+    settings.eval.samples = 2
     parrot = Parrot()
     benchmarks = [
         Benchmark(name, name, examples(numbers), "digest", "")
@@ -157,15 +180,16 @@ def test_a_system_leaves_settings_responses_and_grades(evaluator, capsys):
 
 def test_nothing_is_sampled_or_graded_twice(evaluator):
     evaluator.run(BASE, {})
-    batches, before = len(evaluator.sampler.batches), contents(evaluator.folder)
+    sampled, before = len(evaluator.sampler.prompts), contents(evaluator.folder)
     assert evaluator.open(BASE)
     evaluator.run(BASE, None)
-    assert len(evaluator.sampler.batches) == batches
+    assert len(evaluator.sampler.prompts) == sampled
     assert contents(evaluator.folder) == before
 
 
-def test_asked_to_stop_it_ends_after_a_batch_and_goes_on_later(evaluator):
-    assert not evaluator.run(BASE, {}, lambda: True)
+def test_asked_to_stop_it_ends_after_a_segment_and_goes_on_later(evaluator):
+    answers = iter([False, True])
+    assert not evaluator.run(BASE, {}, lambda: next(answers))
     files = SystemFiles(evaluator.folder / "small", "base")
     assert len(list(files.rows())) == 4
     assert not files.grades.exists()
@@ -189,15 +213,15 @@ def test_every_cut_of_the_file_ends_in_the_same_bytes(evaluator):
         assert contents(evaluator.folder) == expected, f"cut at byte {end}"
 
 
-def test_sampling_goes_on_at_the_batch_that_is_not_complete(evaluator):
+def test_sampling_goes_on_at_the_response_that_is_not_whole(evaluator):
     evaluator.run(BASE, {})
     files = SystemFiles(evaluator.folder / "small", "base")
     files.grades.unlink()
     lines = files.responses.read_bytes().splitlines(keepends=True)
-    files.responses.write_bytes(b"".join(lines[:5]) + lines[5][:-1])  # its line break is missing
-    evaluator.sampler.batches.clear()
+    files.responses.write_bytes(b"".join(lines[:4]) + lines[4][:-1])  # its line break is missing
+    evaluator.sampler.prompts.clear()
     evaluator.run(BASE, {})
-    assert evaluator.sampler.batches == [[6, 6, 2, 2]]
+    assert evaluator.sampler.prompts == [6, 6]
 
 
 @pytest.mark.parametrize(

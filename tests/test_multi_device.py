@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -142,6 +143,18 @@ def test_decoding_wider_than_the_key_value_heads_changes_no_response(programs):
     narrow, wide = programs["wide"]
     assert len({tuple(response) for response in narrow}) > many_devices.ROWS / 2
     assert wide == narrow
+
+
+def test_slots_over_devices_change_no_response(programs):
+    assert programs["continuous"] == programs["wide"]
+
+
+def test_neither_a_refill_nor_another_size_moves_the_cache_between_devices(programs):
+    segments = programs["segments"]
+    assert segments["advance"], "rows' results come together, if nothing else"
+    exchanged = [shape for shapes in segments.values() for shape in shapes]
+    for columns in (many_devices.COLUMNS, many_devices.COLUMNS // 2):
+        assert not [shape for shape in exchanged if str(columns) in re.findall(r"\d+", shape)]
 
 
 def test_the_cache_is_split_over_devices(programs):

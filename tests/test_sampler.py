@@ -1,8 +1,6 @@
 """Generation against transformers', against the trainer, and against the rules of sampling."""
 
-import dataclasses
 import functools
-import itertools
 from collections import Counter
 
 import hf_reference
@@ -141,17 +139,6 @@ def test_a_response_depends_on_neither_neighbours_nor_place_nor_batch_size():
         assert_same(got, jax.tree.map(lambda leaf, rows=rows: leaf[rows], whole))
 
 
-def test_waves_of_slots_give_what_the_whole_batch_gives():
-    model = hf_reference.load("untied")
-    keys = training_keys(np.arange(ROWS))
-    in_waves = dataclasses.replace(host_sampler(model), slots=4)
-    with sharding.explicit_transfers():  # as in the loop
-        rollout = in_waves(
-            jax.device_put(model.params), model.inputs.prompts, keys, SamplingParams()
-        )
-    assert_same(jax.device_get(rollout), sampled("untied"))
-
-
 def test_a_mesh_that_cannot_hold_the_heads_is_refused_for_decoding_too():
     mesh = jax.sharding.AbstractMesh((1, 1, 4), sharding.MESH_AXES)
     with pytest.raises(InputError, match=r"'kv_heads' of size 2 cannot be split.*sizes that work"):
@@ -256,43 +243,6 @@ def test_decoding_ends_with_the_last_response(monkeypatch):
     assert np.all(out.stopped_B)
     assert 1 < longest < 150
     assert steps["run"] == longest - 1
-
-
-@pytest.mark.parametrize(
-    ("segment", "budget", "all_stop"),
-    [(10, 64, False), (100, 25, False), (7, 64, True)],
-    ids=["some stop", "small budget", "all stop"],
-)
-def test_a_stream_grows_into_what_generate_returns(segment, budget, all_stop):
-    """Each piece adds `segment` tokens at most to the one before, and the last is the whole."""
-    model, stop = hf_reference.load("untied"), (5, 9)
-    params = model.params
-    if all_stop:
-        params, logits = constant_model()
-        stop = tuple(np.argsort(logits)[-2:])
-    sampling = SamplingParams(max_tokens=budget)
-    whole = sample(model, sampling, params=params, stop=stop)
-    assert whole.stopped_B.all() == all_stop
-    growing = host_sampler(model, stop).stream(
-        params, model.inputs.prompts, training_keys(np.arange(ROWS)), sampling, segment
-    )
-    pieces = list(itertools.islice(growing, NEW_TOKENS))  # a stream without end fails below
-    assert_same(pieces[-1], whole)
-    lengths = [piece.lengths_B for piece in pieces]
-    for before, after in itertools.pairwise(lengths):
-        assert np.all(before <= after)
-        assert 1 <= (after - before).max() <= segment
-    for piece in pieces:
-        response = np.arange(NEW_TOKENS) < piece.lengths_B[:, None]
-        np.testing.assert_array_equal(
-            piece.tokens_BxR, np.where(response, whole.tokens_BxR, PAD_ID)
-        )
-        np.testing.assert_array_equal(
-            piece.stopped_B, whole.stopped_B & (piece.lengths_B == whole.lengths_B)
-        )
-    longest = int(whole.lengths_B.max())
-    assert len(pieces) == 1 + -(-(longest - 1) // segment)
-    assert not all_stop or 1 < longest < NEW_TOKENS
 
 
 # --- which tokens, how often --------------------------------------------------------------------

@@ -27,7 +27,7 @@ class Phase:
 
     Attributes:
       program: of the program alone, arguments included; None where it does not compile.
-      resident: of the train state beside it, that is no argument of it.
+      resident: of the train state beside it, that is no argument of it, and prompts in waiting.
       runs: how often it runs in one optimizer step (its amortised part for the refresh).
       flops, moved: of one run on one device: matrix products, and memory traffic at the least.
       seconds: least time of one run; None where the device's peaks are unknown.
@@ -164,7 +164,9 @@ def make_plan(
 ) -> Plan:
     """Compiles the programs of the run for the topology and adds up.
 
-    But one: the token views (log.token_views) take less than a micro-batch, see token_view.py.
+    But few: the token views (log.token_views) take less than a micro-batch, see token_view.py. Of
+    continuous batching (evaluation, and rollouts in slots) it compiles the segment with the largest
+    cache; a prefill works on a quarter of the rows, a refill on one, a new size on one layer.
 
     Args:
       settings: a validated configuration; not changed.
@@ -223,7 +225,7 @@ def _phase(
     """A verdict in its place in the run."""
     batch, every = settings.train.batch_size, settings.teacher.every
     state = parts["weights"] + parts["optimizer"]
-    resident = state + parts["teacher"] - verdict.state
+    resident = state + parts["teacher"] - verdict.state + verdict.parts.get("prompts", 0)
     flops = verdict.cost.get("flops", 0.0) / topology.devices
     runs, moved = {
         "accumulate": (

@@ -11,6 +11,7 @@ A spec is a dictionary of plain values: see `make_spec`.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -25,7 +26,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from opsdc_jax import distill, rollout, sampler, sampling, sharding
+from opsdc_jax import continuous, distill, rollout, sampler, sampling, sharding, slots
 from opsdc_jax.config import get
 from opsdc_jax.models import qwen3
 from opsdc_jax.models.qwen3 import Qwen3Config
@@ -70,7 +71,7 @@ class Program(NamedTuple):
       jitted: the function of the run.
       args, static: its arguments as placed shapes, and its static keyword arguments.
       state: the arguments that are part of the train state.
-      parts: bytes per device of what a plan names: gradients, decode_weights, kv_cache.
+      parts: bytes per device of what a plan names (`text`), by name.
       steps: how often the body of a loop of unknown length runs (decoded tokens).
     """
 
@@ -122,7 +123,9 @@ def build(name: str, spec: Mapping[str, Any], mesh: Mesh) -> Program:
     if name in ("rollout", "evaluate"):
         section = "sampler" if name == "rollout" else "eval"
         width = settings[f"{section}.max_response_tokens"]
-        return _generate(spec, mesh, like, rows(name, settings), width)
+        continuously = name == "evaluate" or rows(name, settings) < settings["train.batch_size"]
+        make = _segment if continuously else _generate
+        return make(spec, mesh, like, rows(name, settings), width)
     if name == "refresh":
         both = (like.student, like.teacher)
         return Program(step.refresh, both, state=both)
@@ -144,8 +147,8 @@ def values(settings: ConfigDict) -> dict[str, Any]:
 
 
 def rows(name: str, settings: Mapping[str, Any]) -> int:
-    """Rows that one generate call samples, in "rollout" or "evaluate"."""
-    if name == "evaluate":  # never in waves
+    """Rows that decode at a time, in "rollout" or "evaluate"."""
+    if name == "evaluate":
         return settings["eval.batch_size"]
     batch = settings["train.batch_size"]
     return min(settings["sampler.slots"] or batch, batch)
@@ -199,12 +202,7 @@ def _generate(
         stop_ids=np.zeros(2, np.int32),
         pad_id=0,
     )
-    placed = qwen3.shardings(model, mesh, sharding.DECODE_RULES)
-    weights = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, model.compute_dtype, sharding=place),
-        like.student,
-        placed,
-    )
+    weights = _decode_weights(like, model, mesh)
     cache = jax.ShapeDtypeStruct(
         (2 * model.num_hidden_layers, B, model.num_key_value_heads, P + width, model.head_dim),
         model.compute_dtype,
@@ -224,6 +222,92 @@ def _generate(
         state=(like.student,),
         parts=parts,
         steps=width,
+    )
+
+
+def _segment(
+    spec: Mapping[str, Any], mesh: Mesh, like: distill.TrainState, B: int, width: int
+) -> Program:
+    """A segment of continuous batching in B slots, when the ring holds whole contexts.
+
+    It counts as if it decoded all `width` tokens.
+    """
+    model, settings = _model(spec), spec["settings"]
+    mesh = sampler.decode_mesh(model, mesh, settings["mesh.decode_tensor"])
+    layout = continuous.Layout(
+        model=model,
+        mesh=mesh,
+        vocab_size=spec["vocab_size"],
+        rows=B,
+        prompt_width=settings["sampler.max_prompt_tokens"],
+        response_width=width,
+        segment=continuous.SEGMENT,
+        pad_id=0,
+    )
+    state = jax.eval_shape(
+        lambda: slots.empty(model, mesh, B, layout.columns[-1], layout.segment + 1)
+    )
+    placed = zip(state, slots.placements(mesh), strict=True)
+    state = slots.Slots(*(_lying(part, place) for part, place in placed))
+    weights = _decode_weights(like, model, mesh)
+    heads = sharding.spec(sharding.DECODE_RULES, (None, None, "kv_heads", None, None))
+    prompts = jax.ShapeDtypeStruct(
+        (
+            2 * model.num_hidden_layers,
+            layout.prompts,
+            model.num_key_value_heads,
+            layout.prompt_width,
+            model.head_dim,
+        ),
+        model.compute_dtype,
+        sharding=NamedSharding(mesh, heads),
+    )
+    return Program(
+        _prepared_segment,
+        (like.student, model, state, slots.Rules(sampling.SamplingParams(), np.zeros(2, np.int32))),
+        {"mesh": mesh, "vocab_size": spec["vocab_size"]},
+        state=(like.student,),
+        parts={
+            "decode_weights": memory.device_bytes(weights),
+            "prefill_weights": memory.device_bytes(weights["layers"]),
+            "kv_cache": memory.device_bytes(state.caches),
+            "prompts": memory.device_bytes(prompts),
+        },
+        steps=width,
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "mesh", "vocab_size"), donate_argnames="state"
+)
+def _prepared_segment(
+    params: qwen3.Params,
+    model: Qwen3Config,
+    state: slots.Slots,
+    rules: slots.Rules,
+    *,
+    mesh: Mesh,
+    vocab_size: int,
+) -> Any:
+    """Two programs of a run as one: so the compiler says how the weights between them lie."""
+    weights = slots.prepare(params, model, mesh)
+    return weights, slots.advance(weights, model, state, rules, mesh=mesh, vocab_size=vocab_size)
+
+
+def _decode_weights(like: distill.TrainState, model: Qwen3Config, mesh: Mesh) -> qwen3.Params:
+    """Stands for the student in compute dtype and decoding's layout."""
+    placed = qwen3.shardings(model, mesh, sharding.DECODE_RULES)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, model.compute_dtype, sharding=place),
+        like.student,
+        placed,
+    )
+
+
+def _lying(tree: Any, place: Any) -> Any:
+    """Stands for arrays that lie so."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
     )
 
 

@@ -19,6 +19,9 @@ ROWS = {
     "evaluate": "eval.batch_size",
 }
 
+# Parts of a rollout's memory that fewer rows leave.
+_OF_A_ROLLOUT = ("weights", "decode_weights", "prefill_weights")
+
 
 def smallest(
     settings: ConfigDict,
@@ -102,7 +105,7 @@ def fewer_rows(phase: Phase, found: Plan, settings: ConfigDict) -> int:
         fewest = found.mesh["replica"] * found.mesh["fsdp"]
         return fewest if fewest < settings.train.micro_batch_size else 0
     rows = programs.rows(phase.name, programs.values(settings))
-    fixed = found.parts["weights"] + found.parts.get("decode_weights", 0)
+    fixed = sum(found.parts.get(name, 0) for name in _OF_A_ROLLOUT)
     room = max(found.topology.budget_bytes - phase.resident - fixed, 0)
     fewer = min(int(rows * room / max(phase.program - fixed, 1)), rows - 1)
     return 2 ** (fewer.bit_length() - 1) if fewer else 0

@@ -13,7 +13,9 @@ _PARTS = {
     "gradients": "accumulated over micro-batches",
     "activations": "temporaries of one micro-batch, logits included",
     "decode_weights": "student in compute dtype, laid out for decoding",
+    "prefill_weights": "its layers once more, stacked, for prompts",
     "kv_cache": "keys and values of the rollout",
+    "prompts": "keys and values of the prompts that are next in line",
 }
 
 _HOST = (

@@ -24,6 +24,7 @@ from opsdc_jax.planner.topology import Topology
 # Of the package, relative: all that the programs are made of. A change makes verdicts old.
 SOURCES = (
     "config.py",
+    "continuous.py",
     "distill.py",
     "losses.py",
     "models",
@@ -35,6 +36,7 @@ SOURCES = (
     "sampler.py",
     "sampling.py",
     "sharding.py",
+    "slots.py",
 )
 _TOTAL = re.compile(r"Memory Space: default[^\n]*\nTotal bytes: (\d+)")
 _POLL_SECONDS = 0.1
@@ -47,7 +49,7 @@ class Verdict:
     Attributes:
       peak: arguments, temporaries and outputs together; None where it does not compile.
       arguments: of these, the arguments; `state`: of these, parts of the train state.
-      parts: further parts of memory it knows of: gradients, decode_weights, kv_cache.
+      parts: further parts of memory it knows of, by name (`text`).
       cost: FLOPs and bytes of its matrix products, over all devices (`roofline.Cost`).
       collectives: bytes and number by kind (`hlo.collectives`).
       error: what the compiler said, where it refused for another reason than memory.

@@ -1,0 +1,397 @@
+"""Decoding on the devices: rows ("slots") that each hold a response under way.
+
+A slot's cache is a ring. All rows write the keys and values of their newest token into the same
+`column`, which goes round, and a row attends to as many columns behind it as its context has
+tokens: so rows of any age decode side by side, one slice is written for all of them, and a slot is
+refilled by laying the next prompt where it ends before that column. Keys carry their rotation
+already, so attention does not care where in the ring they lie.
+
+`sampler.generate` runs all of this in one program. `continuous` runs it in pieces: the jitted
+functions below, between which slots are refilled and the ring grows or shrinks.
+
+Shapes: B slots, M prompts prefilled together, P prompt width, W buffer width, S columns of the
+ring, L layers, N key/value heads, K head width, D model width, V vocabulary.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from opsdc_jax import sharding
+from opsdc_jax.models import decode, qwen3
+from opsdc_jax.models.qwen3 import KVCache, Params, Qwen3Config
+from opsdc_jax.rollout import Array
+from opsdc_jax.sampling import SamplingParams, draw
+
+
+class Rules(NamedTuple):
+    """How tokens are drawn and where responses end: the same for all rows, traced.
+
+    Attributes:
+      sampling: temperature, top-p, top-k, budget.
+      stop_ids: ids that end a response; the one sampled is kept.
+    """
+
+    sampling: SamplingParams
+    stop_ids: jax.Array | np.ndarray
+
+
+class Weights(NamedTuple):
+    """The parameters in compute dtype and decoding's layout.
+
+    Attributes:
+      params: as they are, for prefill.
+      layers: `decode.unstack_layers` of them, for decoding.
+    """
+
+    params: Params
+    layers: list[Params]
+
+
+class Slots(NamedTuple):
+    """The state of decoding.
+
+    Attributes:
+      column: where the next keys and values are written.
+      step: tokens for which the buffers are filled.
+      token_B: the newest token, whose keys and values are still to be written.
+      done_B: the response has ended, or there is none.
+      stopped_B: it ended by a stop id, not by the budget.
+      prompts_B, lengths_B: tokens of the prompt, and of the response so far.
+      keys_B: see `sampling.sequence_keys`.
+      tokens_BxW, logprobs_BxW: what was drawn in each step; where a row drew none, what was there.
+      caches: one of S columns per layer.
+    """
+
+    column: jax.Array
+    step: jax.Array
+    token_B: jax.Array
+    done_B: jax.Array
+    stopped_B: jax.Array
+    prompts_B: jax.Array
+    lengths_B: jax.Array
+    keys_B: jax.Array
+    tokens_BxW: jax.Array
+    logprobs_BxW: jax.Array
+    caches: list[KVCache]
+
+
+class Prefilled(NamedTuple):
+    """Prompts that have run: the last hidden states, and the caches of all layers, stacked."""
+
+    hidden_MxD: jax.Array
+    caches: KVCache
+
+
+class Refill(NamedTuple):
+    """Which slots take a new response.
+
+    Attributes:
+      starts: how many.
+      slots_B: their numbers, in the first `starts` places.
+      fresh_B: whether a slot is among them.
+      sources_B: of these, the row of the prompt in `Prefilled`.
+      prompts_B: its tokens.
+      keys_Bx2: `jax.random.key_data` of the response's key.
+    """
+
+    starts: Array
+    slots_B: Array
+    fresh_B: Array
+    sources_B: Array
+    prompts_B: Array
+    keys_Bx2: Array
+
+
+class View(NamedTuple):
+    """What the host reads after a segment, whole on every device; see `Slots`."""
+
+    done_B: Array
+    stopped_B: Array
+    lengths_B: Array
+    tokens_BxW: Array
+    logprobs_BxW: Array
+
+
+def for_decoding(params: Params, config: Qwen3Config, mesh: Mesh) -> Params:
+    """The parameters in compute dtype and decoding's layout.
+
+    In two moves: first the heads (and feed-forward width, and vocabulary) are split as they will
+    be, by all-to-alls, then `embed` is gathered. Asked for both at once, the compiler gathers every
+    parameter whole on every device.
+    """
+    params = jax.tree.map(lambda leaf: leaf.astype(config.compute_dtype), params)
+    for rules in ({**sharding.DECODE_RULES, "embed": "fsdp"}, sharding.DECODE_RULES):
+        placed = qwen3.shardings(config, mesh, rules)
+        params = jax.lax.with_sharding_constraint(params, placed)
+    return params
+
+
+def run_prompts(
+    params: Params,
+    config: Qwen3Config,
+    prompts_MxP: jax.Array,
+    lengths_M: jax.Array,
+    mesh: Mesh,
+) -> Prefilled:
+    """Prompts padded on the left, through all layers."""
+    columns = jnp.arange(prompts_MxP.shape[1])
+    first_M = prompts_MxP.shape[1] - lengths_M  # column of each row's first real token
+    hidden_MxPxD, caches = qwen3.prefill(
+        params,
+        config,
+        prompts_MxP,
+        positions_BxT=jnp.maximum(columns - first_M[:, None], 0),
+        valid_BxT=columns >= first_M[:, None],
+        mesh=mesh,
+    )
+    return Prefilled(hidden_MxPxD[:, -1], caches)
+
+
+def fresh(caches: list[KVCache], column: int, rows: int, width: int) -> Slots:
+    """Slots without a response; `append` starts them."""
+    return Slots(
+        column=jnp.int32(column),
+        step=jnp.int32(0),
+        token_B=jnp.zeros((rows,), jnp.int32),
+        done_B=jnp.ones((rows,), bool),
+        stopped_B=jnp.zeros((rows,), bool),
+        prompts_B=jnp.ones((rows,), jnp.int32),
+        lengths_B=jnp.zeros((rows,), jnp.int32),
+        keys_B=jax.random.wrap_key_data(jnp.zeros((rows, 2), jnp.uint32)),
+        tokens_BxW=jnp.zeros((rows, width), jnp.int32),
+        logprobs_BxW=jnp.zeros((rows, width), jnp.float32),
+        caches=caches,
+    )
+
+
+def unstacked(stacked: KVCache, mesh: Mesh) -> list[KVCache]:
+    """The caches of all layers, each for itself."""
+    # Stated: a cache that followed the compiler's choice could be whole on every device.
+    split = sharding.spec(sharding.DECODE_RULES, ("layers", "batch", "kv_heads", None, None))
+    stacked = jax.lax.with_sharding_constraint(stacked, NamedSharding(mesh, split))
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(stacked.keys.shape[0])]
+
+
+def start(
+    slots: Slots,
+    rules: Rules,
+    fresh_B: jax.Array,
+    prompts_B: jax.Array,
+    keys_B: jax.Array,
+    hidden_BxD: jax.Array,
+    head_VxD: jax.Array,
+    vocab_size: int,
+) -> Slots:
+    """Gives slots whose caches hold a prompt their new response, and draws its first token."""
+    slots = slots._replace(
+        step=jnp.int32(0),
+        done_B=slots.done_B & ~fresh_B,
+        stopped_B=slots.stopped_B & ~fresh_B,
+        prompts_B=jnp.where(fresh_B, prompts_B, slots.prompts_B),
+        lengths_B=jnp.where(fresh_B, 0, slots.lengths_B),
+        keys_B=jnp.where(fresh_B, keys_B, slots.keys_B),
+    )
+    return append(slots, rules, fresh_B, hidden_BxD, head_VxD, vocab_size)
+
+
+def append(
+    slots: Slots,
+    rules: Rules,
+    active_B: jax.Array,
+    hidden_BxD: jax.Array,
+    head_VxD: jax.Array,
+    vocab_size: int,
+) -> Slots:
+    """Draws the next token of the active rows."""
+    logits_BxV = qwen3.logits(hidden_BxD, head_VxD, vocab_size)
+    drawn_B = draw(logits_BxV, slots.keys_B, slots.lengths_B, rules.sampling)
+    logprobs_BxV = jax.nn.log_softmax(logits_BxV, axis=-1)
+    logprob_B = jnp.take_along_axis(logprobs_BxV, drawn_B[:, None], axis=-1)[:, 0]
+    lengths_B = slots.lengths_B + active_B.astype(jnp.int32)
+    stops_B = active_B & jnp.isin(drawn_B, rules.stop_ids)
+    spent_B = active_B & (lengths_B >= rules.sampling.max_tokens)
+
+    def put(buffer_BxW: jax.Array, new_B: jax.Array) -> jax.Array:
+        old_Bx1 = jax.lax.dynamic_slice_in_dim(buffer_BxW, slots.step, 1, axis=1)
+        column = jnp.where(active_B[:, None], new_B[:, None], old_Bx1)
+        return jax.lax.dynamic_update_slice_in_dim(buffer_BxW, column, slots.step, axis=1)
+
+    return slots._replace(
+        step=slots.step + 1,
+        token_B=jnp.where(active_B, drawn_B, slots.token_B),
+        done_B=slots.done_B | stops_B | spent_B,
+        stopped_B=slots.stopped_B | stops_B,
+        lengths_B=lengths_B,
+        tokens_BxW=put(slots.tokens_BxW, drawn_B),
+        logprobs_BxW=put(slots.logprobs_BxW, logprob_B),
+    )
+
+
+def decode_until_done(
+    weights: Weights, config: Qwen3Config, slots: Slots, rules: Rules, vocab_size: int
+) -> Slots:
+    """Draws tokens until all rows are done, or the buffers are full."""
+    W, S = slots.tokens_BxW.shape[1], slots.caches[0].keys.shape[2]
+    head_VxD = qwen3.unembedding(weights.params)
+
+    def unfinished(slots: Slots) -> jax.Array:
+        return (slots.step < W) & ~jnp.all(slots.done_B)
+
+    def body(slots: Slots) -> Slots:
+        context_B = slots.prompts_B + slots.lengths_B  # the newest token, written now, included
+        age_S = (slots.column - jnp.arange(S)) % S
+        hidden_BxD, caches = decode.decode_step(
+            weights.params,
+            weights.layers,
+            config,
+            slots.token_B,
+            context_B - 1,
+            slots.caches,
+            slots.column,
+            age_S < context_B[:, None],
+        )
+        slots = slots._replace(caches=caches, column=(slots.column + 1) % S)
+        return append(slots, rules, ~slots.done_B, hidden_BxD, head_VxD, vocab_size)
+
+    return jax.lax.while_loop(unfinished, body, slots)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def prepare(params: Params, config: Qwen3Config, mesh: Mesh) -> Weights:
+    """The weights of a call, made once."""
+    params = for_decoding(params, config, mesh)
+    return Weights(params, decode.unstack_layers(params, config))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "rows", "columns", "width"))
+def empty(config: Qwen3Config, mesh: Mesh, rows: int, columns: int, width: int) -> Slots:
+    """Slots without a response; `width` is of the buffers."""
+    shape = rows, config.num_key_value_heads, columns, config.head_dim
+    caches = [
+        KVCache(*(jnp.zeros(shape, config.compute_dtype) for _ in KVCache._fields))
+        for _ in range(config.num_hidden_layers)
+    ]
+    return _placed(fresh(caches, 0, rows, width), mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def prefill(
+    weights: Weights,
+    config: Qwen3Config,
+    mesh: Mesh,
+    prompts_MxP: jax.Array,
+    lengths_M: jax.Array,
+) -> Prefilled:
+    """Runs prompts, for the slots that will take them.
+
+    Returns:
+      every row on every device that holds a part of its heads: any slot may take it.
+    """
+    done = run_prompts(weights.params, config, prompts_MxP, lengths_M, mesh)
+    split = sharding.spec(sharding.DECODE_RULES, (None, None, "kv_heads", None, None))
+    hidden, caches = (
+        jax.lax.with_sharding_constraint(part, placed)
+        for part, placed in zip(
+            done, (sharding.whole(mesh), NamedSharding(mesh, split)), strict=True
+        )
+    )
+    return Prefilled(hidden, caches)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "vocab_size"), donate_argnames="slots")
+def refill(
+    weights: Weights,
+    slots: Slots,
+    prefilled: Prefilled,
+    refill: Refill,
+    rules: Rules,
+    *,
+    mesh: Mesh,
+    vocab_size: int,
+) -> Slots:
+    """Lays prompts into the rings of free slots, and draws their first tokens."""
+    slots = _placed(slots, mesh)
+    S = slots.caches[0].keys.shape[2]
+
+    def put(i: jax.Array, caches: list[KVCache]) -> list[KVCache]:
+        slot = refill.slots_B[i]
+        source = refill.sources_B[slot]
+
+        def into(cache_BxNxSxK: jax.Array, prompts_MxNxPxK: jax.Array) -> jax.Array:
+            row = jax.lax.dynamic_slice_in_dim(prompts_MxNxPxK, source, 1, axis=0)
+            front = ((0, 0), (0, 0), (S - row.shape[2], 0), (0, 0))
+            ring = jnp.roll(jnp.pad(row, front), slots.column, axis=2)
+            return jax.lax.dynamic_update_slice_in_dim(cache_BxNxSxK, ring, slot, axis=0)
+
+        return [
+            KVCache(*(into(old, new[layer]) for old, new in zip(c, prefilled.caches, strict=True)))
+            for layer, c in enumerate(caches)
+        ]
+
+    caches = jax.lax.fori_loop(0, refill.starts, put, slots.caches)
+    slots = start(
+        slots._replace(caches=caches),
+        rules,
+        refill.fresh_B,
+        refill.prompts_B,
+        jax.random.wrap_key_data(refill.keys_Bx2),
+        prefilled.hidden_MxD[refill.sources_B],
+        qwen3.unembedding(weights.params),
+        vocab_size,
+    )
+    return _placed(slots, mesh)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "mesh", "vocab_size"), donate_argnames="slots"
+)
+def advance(
+    weights: Weights,
+    config: Qwen3Config,
+    slots: Slots,
+    rules: Rules,
+    *,
+    mesh: Mesh,
+    vocab_size: int,
+) -> tuple[Slots, View]:
+    """A segment: W - 1 tokens of every slot, fewer where all are done before."""
+    slots = _placed(slots, mesh)._replace(step=jnp.int32(1))  # the first is of `refill`
+    slots = _placed(decode_until_done(weights, config, slots, rules, vocab_size), mesh)
+    view = View(*(getattr(slots, name) for name in View._fields))
+    return slots, jax.lax.with_sharding_constraint(view, sharding.whole(mesh))
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "columns"))
+def resize(cache: KVCache, column: jax.Array, *, mesh: Mesh, columns: int) -> KVCache:
+    """A layer's ring with another number of columns; the newest stay.
+
+    A layer at a time: the rings of all layers are never there twice. Columns lie oldest first: the
+    next to be written is 0, the oldest that is left, or, in a larger ring, the first new one.
+    """
+    S = cache.keys.shape[2]
+
+    def laid(cache_BxNxSxK: jax.Array) -> jax.Array:
+        oldest_first = jnp.roll(cache_BxNxSxK, -column, axis=2)
+        if columns <= S:
+            return oldest_first[:, :, S - columns :]
+        return jnp.pad(oldest_first, ((0, 0), (0, 0), (0, columns - S), (0, 0)))
+
+    cache = jax.lax.with_sharding_constraint(cache, placements(mesh).caches)
+    return jax.lax.with_sharding_constraint(jax.tree.map(laid, cache), placements(mesh).caches)
+
+
+def placements(mesh: Mesh) -> Any:
+    """Rows over the batch axes, caches over their heads too: the same at every program's ends."""
+    cache = sharding.spec(sharding.DECODE_RULES, ("batch", "kv_heads", None, None))
+    placed: Any = dict.fromkeys(Slots._fields, sharding.batch_sharding(mesh))
+    placed |= dict.fromkeys(("column", "step"), sharding.whole(mesh))
+    return Slots(**placed | {"caches": NamedSharding(mesh, cache)})
+
+
+def _placed(slots: Slots, mesh: Mesh) -> Slots:
+    return jax.lax.with_sharding_constraint(slots, placements(mesh))

@@ -1,0 +1,215 @@
+"""Continuous batching gives what one batch gives, whatever starts and ends when."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from hf_reference import NEW_TOKENS, PAD_ID, load
+from test_sampler import (
+    GREEDY,
+    NEVER,
+    ROWS,
+    assert_same,
+    constant_model,
+    host_sampler,
+    sample,
+    sampled,
+    training_keys,
+)
+
+from opsdc_jax import continuous, sharding, slots
+from opsdc_jax.continuous import Layout
+from opsdc_jax.metrics import CompileCounter
+from opsdc_jax.sampling import SamplingParams
+
+SLOTS = 4
+
+
+@pytest.fixture(autouse=True)
+def _short_rings(monkeypatch):
+    """Rings of these short responses have more than one size too."""
+    monkeypatch.setattr(continuous, "LEAST_COLUMNS", 16)
+
+
+def continuously(sampling, *, stop=NEVER, rows=None, prompts=None):
+    """What `test_sampler.sample` returns, in 4 slots; under the guards of the training loop."""
+    model = load("untied")
+    rows = np.arange(ROWS) if rows is None else np.asarray(rows)
+    keys = training_keys(rows)
+    with sharding.explicit_transfers():
+        return dataclasses.replace(host_sampler(model, stop), slots=SLOTS)(
+            jax.device_put(model.params),
+            [model.inputs.prompts[row] for row in rows] if prompts is None else prompts,
+            keys,
+            sampling,
+        )
+
+
+def test_responses_that_all_use_their_budget():
+    """The ring grows for each set of four, and shrinks for the next."""
+    assert_same(continuously(SamplingParams()), sampled("untied"))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(),
+        SamplingParams(0.8, 0.9, 12),
+        GREEDY,
+        SamplingParams(max_tokens=20),
+        SamplingParams(max_tokens=1),
+    ],
+    ids=["temperature 1", "top-p and top-k", "greedy", "a budget in a segment", "one token"],
+)
+def test_responses_of_any_length(sampling):
+    """Two end with their first token, others anywhere, some by the budget; prompts are ragged."""
+    model = load("untied")
+    first = sample(model, sampling).tokens_BxR[[1, 6], 0]
+    stop = (int(first[0]), int(first[1]))
+    expected = sample(model, sampling, stop=stop)
+    assert (expected.lengths_B[[1, 6]] == 1).all()
+    assert len({len(prompt) for prompt in model.inputs.prompts}) > 3
+    if sampling == SamplingParams():
+        assert len(set(expected.lengths_B)) > 8
+        assert 2 < expected.stopped_B.sum() < ROWS
+    assert_same(continuously(sampling, stop=stop), expected)
+
+
+def test_neither_order_nor_number_of_prompts_changes_a_response():
+    """Also numbers that are no multiple of the slots."""
+    model, stop = load("untied"), (5, 9)
+    expected = sample(model, SamplingParams(), stop=stop)
+    for rows in ([11, 3, 7, 0, 2], np.random.default_rng(0).permutation(ROWS)[:13]):
+        got = continuously(SamplingParams(), stop=stop, rows=rows)
+        assert_same(got, jax.tree.map(lambda leaf, rows=rows: leaf[rows], expected))
+
+
+def test_equal_prompts_are_prefilled_once_and_answered_as_if_alone(monkeypatch):
+    """Sixteen responses to three prompts, which run once each."""
+    model, stop = load("untied"), (5, 9)
+    prompts = [list(model.inputs.prompts[row]) for row in (2, *[4] * 9, *[9] * 6)]
+    keys = training_keys(np.arange(len(prompts)))
+    expected = host_sampler(model, stop)(model.params, prompts, keys, SamplingParams())
+    runs, prefill = [], slots.prefill
+
+    def counted(*args):
+        runs.append(np.asarray(args[3]))
+        return prefill(*args)
+
+    monkeypatch.setattr(slots, "prefill", counted)
+    got = continuously(SamplingParams(), stop=stop, rows=np.arange(len(prompts)), prompts=prompts)
+    assert_same(got, jax.device_get(expected))
+    assert len({tuple(row) for row in got.tokens_BxR[1:10]}) == 9
+    assert sum(len(run) for run in runs) == 3
+
+
+def test_once_compiled_nothing_is_compiled_again():
+    """Neither by other sampling parameters, nor by a step whose responses differ in length."""
+    continuously(SamplingParams(), stop=(5, 9))
+    continuously(SamplingParams())
+    counter = CompileCounter()
+    for sampling in (GREEDY, SamplingParams(0.6, 0.95, 20, 50)):
+        continuously(sampling, stop=(3, 4), rows=np.arange(ROWS)[::-1])
+    assert counter.count == 0
+
+
+def test_responses_come_as_they_end_while_the_next_segment_runs(monkeypatch):
+    """Each once; those of a segment are handed over after the next one was started."""
+    model, stop = load("untied"), (5, 9)
+    expected = sample(model, SamplingParams(), stop=stop)
+    started, advance = [], slots.advance
+
+    def counted(*args, **static):
+        started.append(len(started))
+        return advance(*args, **static)
+
+    monkeypatch.setattr(slots, "advance", counted)
+    sampler = dataclasses.replace(host_sampler(model, stop), slots=SLOTS)
+    keys = training_keys(np.arange(ROWS))
+    seen = {}
+    lists = sampler.responses(model.params, model.inputs.prompts, keys, SamplingParams())
+    for number, ended in enumerate(lists, start=1):
+        assert len(started) == number + 1 or len(seen) + len(ended) == ROWS
+        assert not seen.keys() & {response.number for response in ended}
+        seen |= {response.number: response for response in ended}
+    assert sorted(seen) == list(range(ROWS))
+    assert list(seen) != sorted(seen)
+    for number, response in seen.items():
+        length = expected.lengths_B[number]
+        np.testing.assert_array_equal(response.tokens, expected.tokens_BxR[number, :length])
+        assert response.stopped == expected.stopped_B[number]
+
+
+@pytest.mark.parametrize(
+    ("segment", "budget", "all_stop"),
+    [(10, 64, False), (10, 25, False), (10, 64, True)],
+    ids=["some stop", "small budget", "all stop"],
+)
+def test_a_stream_grows_into_what_generate_returns(segment, budget, all_stop):
+    """Each piece adds `segment` tokens at most to the one before, and the last is the whole."""
+    model, stop = load("untied"), (5, 9)
+    params = model.params
+    if all_stop:
+        params, logits = constant_model()
+        stop = tuple(np.argsort(logits)[-2:])
+    sampling = SamplingParams(max_tokens=budget)
+    whole = sample(model, sampling, params=params, stop=stop)
+    assert whole.stopped_B.all() == all_stop
+    growing = host_sampler(model, stop).stream(
+        params, model.inputs.prompts, training_keys(np.arange(ROWS)), sampling, segment
+    )
+    pieces = list(itertools.islice(growing, NEW_TOKENS))  # a stream without end fails below
+    assert_same(pieces[-1], whole)
+    lengths = [np.ones(ROWS, int), *(piece.lengths_B for piece in pieces)]
+    for before, after in itertools.pairwise(lengths):
+        assert np.all(before <= after)
+        assert 1 <= (after - before).max() <= segment
+    for piece in pieces:
+        response = np.arange(NEW_TOKENS) < piece.lengths_B[:, None]
+        np.testing.assert_array_equal(
+            piece.tokens_BxR, np.where(response, whole.tokens_BxR, PAD_ID)
+        )
+        np.testing.assert_array_equal(
+            piece.stopped_B, whole.stopped_B & (piece.lengths_B == whole.lengths_B)
+        )
+    longest = int(whole.lengths_B.max())
+    assert len(pieces) == -(-(longest - 1) // segment)
+    assert not all_stop or 1 < longest < NEW_TOKENS
+
+
+def layout(**sizes):
+    defaults = {"rows": 4, "prompt_width": 40, "response_width": 160, "segment": 32}
+    return Layout(model=None, mesh=None, vocab_size=8, pad_id=0, **defaults | sizes)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "columns"),
+    [
+        (40, 160, (72, 104, 200)),
+        (1024, 30_000, (3968, 7808, 15_616, 31_024)),
+        (12, 64, (48, 76)),
+        (40, 8, (48,)),
+    ],
+)
+def test_the_ring_has_a_handful_of_sizes(prompt, response, columns):
+    """The largest holds every context, and the smallest a prompt and what a segment adds."""
+    got = layout(prompt_width=prompt, response_width=response).columns
+    assert got == columns
+    assert got[0] >= min(prompt + 32, prompt + response)
+
+
+@pytest.mark.parametrize(
+    ("slots", "responses", "parts", "rows"),
+    [
+        (64, 1000, 1, 64),
+        (64, 64, 1, 64),
+        (64, 32, 1, 32),
+        (64, 5, 1, 8),
+        (64, 5, 8, 8),
+        (6, 1, 2, 6),
+    ],
+)
+def test_few_responses_take_fewer_slots(slots, responses, parts, rows):
+    assert continuous.rows_for(slots, responses, parts) == rows
