@@ -23,7 +23,7 @@ from opsdc_jax.config import InputError
 from opsdc_jax.models import decode, qwen3
 from opsdc_jax.models.qwen3 import KVCache, Params, Qwen3Config
 from opsdc_jax.rollout import Rollout, fitting, left_pad
-from opsdc_jax.sampling import SamplingParams, draw
+from opsdc_jax.sampling import SamplingParams, draw, log_probability
 
 
 class _Decode(NamedTuple):
@@ -283,10 +283,9 @@ def _append(
     vocab_size: int,
 ) -> _Decode:
     """Draws the next token of the rows that are still running."""
-    logits_BxV = qwen3.logits(hidden_BxD, head_VxD, vocab_size)
+    logits_BxV = decode.logits(hidden_BxD, head_VxD, vocab_size)
     drawn_B = draw(logits_BxV, request.keys_B, state.step, request.sampling)
-    logprobs_BxV = jax.nn.log_softmax(logits_BxV, axis=-1)
-    logprob_B = jnp.take_along_axis(logprobs_BxV, drawn_B[:, None], axis=-1)[:, 0]
+    logprob_B = log_probability(logits_BxV, drawn_B)
     running_B = ~state.done_B
     token_B = jnp.where(running_B, drawn_B, request.pad_id)
     logprob_B = jnp.where(running_B, logprob_B, 0.0)
