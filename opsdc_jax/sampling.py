@@ -138,8 +138,8 @@ def keep_top(logits_BxV: jax.Array, top_k: int | jax.Array, top_p: float | jax.A
 
 def _ordered(values: jax.Array) -> jax.Array:
     """Integers in the order of float32 values; -0 is 0."""
-    bits = jax.lax.bitcast_convert_type(values + 0.0, jnp.int32)
-    return jnp.where(bits < 0, bits ^ jnp.int32(2**31 - 1), bits)
+    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+    return jnp.where(bits < 0, -(bits & (2**31 - 1)), bits)
 
 
 def _least(
