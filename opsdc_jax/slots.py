@@ -23,9 +23,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from opsdc_jax import sharding
 from opsdc_jax.models import decode, qwen3
+from opsdc_jax.models.decode import DecodeLayer
 from opsdc_jax.models.qwen3 import KVCache, Params, Qwen3Config
 from opsdc_jax.rollout import Array
-from opsdc_jax.sampling import SamplingParams, draw
+from opsdc_jax.sampling import SamplingParams, draw, log_probability
 
 
 class Rules(NamedTuple):
@@ -49,7 +50,7 @@ class Weights(NamedTuple):
     """
 
     params: Params
-    layers: list[Params]
+    layers: list[DecodeLayer]
 
 
 class Slots(NamedTuple):
@@ -208,10 +209,9 @@ def append(
     vocab_size: int,
 ) -> Slots:
     """Draws the next token of the active rows."""
-    logits_BxV = qwen3.logits(hidden_BxD, head_VxD, vocab_size)
+    logits_BxV = decode.logits(hidden_BxD, head_VxD, vocab_size)
     drawn_B = draw(logits_BxV, slots.keys_B, slots.lengths_B, rules.sampling)
-    logprobs_BxV = jax.nn.log_softmax(logits_BxV, axis=-1)
-    logprob_B = jnp.take_along_axis(logprobs_BxV, drawn_B[:, None], axis=-1)[:, 0]
+    logprob_B = log_probability(logits_BxV, drawn_B)
     lengths_B = slots.lengths_B + active_B.astype(jnp.int32)
     stops_B = active_B & jnp.isin(drawn_B, rules.stop_ids)
     spent_B = active_B & (lengths_B >= rules.sampling.max_tokens)

@@ -439,6 +439,41 @@ def test_keep_top_by_hand(row, top_k, top_p, kept):
     assert set(np.flatnonzero(out > -np.inf)) == kept
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(20, 0.9), (0, 0.95), (7, 1.0)])
+def test_keep_top_of_many_with_ties_and_extremes(top_k, top_p):
+    """Halves, so that most logits tie, 0 with -0 too; and logits far out on both sides."""
+    rng = np.random.default_rng(1)
+    logits = (np.round(rng.normal(size=(4, 3000), scale=2) * 2) / 2).astype(np.float32)
+    logits[1] -= 1e4
+    logits[2, :50] = -1e30
+    logits[3] *= 30
+    assert np.signbit(logits[0][logits[0] == 0]).any()
+    got = np.asarray(keep_top_jit(logits, top_k, top_p))
+    for row, out in zip(logits, got, strict=True):
+        assert set(np.flatnonzero(out > -np.inf)) == reference_keep(row, top_k, top_p)
+
+
+def test_a_draw_is_the_categorical_of_its_rows_key_and_step():
+    logits = jnp.asarray(random_logits())
+    keys, steps = training_keys(np.arange(24)), jnp.arange(24) % 5
+    got = jax.jit(sampling.draw)(logits, keys, steps, SamplingParams(0.7))
+    expected = [
+        jax.random.categorical(jax.random.fold_in(key, step), row / jnp.float32(0.7))
+        for key, step, row in zip(keys, steps, logits, strict=True)
+    ]
+    np.testing.assert_array_equal(got, expected)
+    logprobs = np.asarray(jax.nn.log_softmax(logits))[np.arange(24), got]
+    np.testing.assert_allclose(sampling.log_probability(logits, got), logprobs, atol=2e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_is_drawn_from_what_is_no_number_is_still_a_token(temperature):
+    logits = jnp.full((2, 60), jnp.nan).at[0, 3].set(1)
+    keys, params = training_keys(np.arange(2)), SamplingParams(temperature)
+    got = jax.jit(sampling.draw)(logits, keys, 0, params)
+    assert np.all((np.asarray(got) >= 0) & (np.asarray(got) < 60))
+
+
 # --- the host side ------------------------------------------------------------------------------
 
 

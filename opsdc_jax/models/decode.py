@@ -1,34 +1,67 @@
 """Qwen3 one token at a time: what decoding does otherwise than `qwen3.forward`.
 
-Shapes: B rows, S cache slots, D model width.
+A decode step multiplies every weight by few rows, so reading the weights is what it costs. They are
+laid out for it once a call: each layer's for itself, outputs first, those of one input side by
+side. Activations have the rows last, since XLA's matrix product on a CPU reads [outputs, inputs] x
+[inputs, rows] up to twice as fast as [rows, inputs] x [inputs, outputs] (docs/performance.md).
+
+Shapes: B rows, S cache slots, D model width, H query heads, N key/value heads, G = H / N, K head
+width, F feed-forward width, V vocabulary.
 """
 
-import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from opsdc_jax.models import attention, qwen3
 from opsdc_jax.models.qwen3 import KVCache, Params, Qwen3Config
+from opsdc_jax.models.rope import apply_rotary, rotary_tables
 
 
-def unstack_layers(params: Params, config: Qwen3Config) -> list[Params]:
-    """Each layer's parameters as leaves of their own, in compute dtype.
+class DecodeLayer(NamedTuple):
+    """One layer's weights in compute dtype, laid out for decoding.
 
-    A decode step multiplies few rows by every weight: reading a layer out of the stack at each
-    token would copy it first.
+    Side by side lie what may be split over a mesh alike: keys and values, gate and up.
     """
+
+    attention_norm_D: jax.Array
+    query_HxKxD: jax.Array
+    key_value_2xNxKxD: jax.Array
+    query_norm_K: jax.Array
+    key_norm_K: jax.Array
+    out_DxHxK: jax.Array
+    mlp_norm_D: jax.Array
+    gate_up_2xFxD: jax.Array
+    down_DxF: jax.Array
+
+
+def unstack_layers(params: Params, config: Qwen3Config) -> list[DecodeLayer]:
+    """Each layer's parameters as leaves of their own: one read out of the stack is copied first."""
     dtype = jnp.dtype(config.compute_dtype)
-    return [
-        jax.tree.map(lambda leaf, i=i: leaf[i].astype(dtype), params["layers"])
-        for i in range(config.num_hidden_layers)
-    ]
+
+    def layer(i: int) -> DecodeLayer:
+        weights = jax.tree.map(lambda leaf: leaf[i].astype(dtype), params["layers"])
+        attend, mlp = weights["attention"], weights["mlp"]
+        key, value = (jnp.moveaxis(attend[name], 0, -1) for name in ("key", "value"))
+        return DecodeLayer(
+            attention_norm_D=weights["attention_norm"]["scale"],
+            query_HxKxD=jnp.moveaxis(attend["query"], 0, -1),
+            key_value_2xNxKxD=jnp.stack([key, value]),
+            query_norm_K=attend["query_norm"]["scale"],
+            key_norm_K=attend["key_norm"]["scale"],
+            out_DxHxK=jnp.moveaxis(attend["out"], -1, 0),
+            mlp_norm_D=weights["mlp_norm"]["scale"],
+            gate_up_2xFxD=jnp.stack([mlp["gate"].T, mlp["up"].T]),
+            down_DxF=mlp["down"].T,
+        )
+
+    return [layer(i) for i in range(config.num_hidden_layers)]
 
 
 def decode_step(
     params: Params,
-    layers: list[Params],
+    layers: list[DecodeLayer],
     config: Qwen3Config,
     token_B: jax.Array,
     position_B: jax.Array,
@@ -48,13 +81,86 @@ def decode_step(
     Returns:
       hidden states [B, D] after the final norm, and the updated caches.
     """
-    model = nnx.merge(qwen3.described(config)[0], params)
-    layer_def, _ = nnx.split(model.layers)
-    rotary = model.rotary(position_B[:, None])
-    x = model.embed(token_B[:, None])
-    attend = functools.partial(attention.dense, visible_BxTxS=valid_BxS[:, None, :])
+    epsilon = config.rms_norm_eps
+    rotary = rotary_tables(position_B[:, None], config.head_dim, config.rope_theta, config.yarn)
+    x_DxB = params["embedding"][token_B].astype(config.compute_dtype).T
+
+    def norm(x_DxB: jax.Array, scale_D: jax.Array) -> jax.Array:
+        return qwen3.rms_norm(x_DxB, scale_D[:, None], epsilon, axis=0)
+
     updated = []
-    for layer, cache in zip(layers, caches, strict=True):
-        x, cache = nnx.merge(layer_def, layer)(x, rotary, attend, cache, slot)
+    for layer, old in zip(layers, caches, strict=True):
+        normed_DxB = norm(x_DxB, layer.attention_norm_D)
+        query_BxHx1xK, cache = _project(layer, normed_DxB, rotary, epsilon, old, slot)
+        attended_BxHxK = _attend(query_BxHx1xK, cache, valid_BxS)
+        both = (1, 2), (1, 2)
+        x_DxB = x_DxB + jnp.tensordot(layer.out_DxHxK, attended_BxHxK, axes=both)
+        gate_FxB, up_FxB = jnp.tensordot(layer.gate_up_2xFxD, norm(x_DxB, layer.mlp_norm_D), axes=1)
+        x_DxB = x_DxB + layer.down_DxF @ (jax.nn.silu(gate_FxB) * up_FxB)
         updated.append(cache)
-    return model.final_norm(x)[:, 0], updated
+    scale_D = params["final_norm"]["scale"].astype(x_DxB.dtype)
+    return norm(x_DxB, scale_D).T, updated
+
+
+def _project(
+    layer: DecodeLayer,
+    normed_DxB: jax.Array,
+    rotary: tuple[jax.Array, ...],
+    epsilon: float,
+    cache: KVCache,
+    slot: jax.Array,
+) -> tuple[jax.Array, KVCache]:
+    """The queries [B, H, 1, K], scaled, and the cache with the new keys and values."""
+    cos, sin = rotary
+    scale = layer.query_norm_K.size**-0.5  # of the scores, applied before the queries are cast
+    query_BxHxK = _rows_first(jnp.tensordot(layer.query_HxKxD, normed_DxB, axes=1))
+    key_value_Bx2xNxK = _rows_first(jnp.tensordot(layer.key_value_2xNxKxD, normed_DxB, axes=1))
+    query = qwen3.rms_norm(query_BxHxK[:, :, None], layer.query_norm_K, epsilon)
+    key = qwen3.rms_norm(key_value_Bx2xNxK[:, 0, :, None], layer.key_norm_K, epsilon)
+    new = KVCache(apply_rotary(key, cos, sin), key_value_Bx2xNxK[:, 1, :, None])
+    cache = KVCache(
+        *(
+            jax.lax.dynamic_update_slice(kept_BxNxSxK, new_BxNx1xK, (0, 0, slot, 0))
+            for kept_BxNxSxK, new_BxNx1xK in zip(cache, new, strict=True)
+        )
+    )
+    return apply_rotary(query, cos * scale, sin * scale), cache
+
+
+def _attend(query_BxHx1xK: jax.Array, cache: KVCache, valid_BxS: jax.Array) -> jax.Array:
+    """Attention of one new token in each row to its cache, [B, H, K]; as `attention.dense`."""
+    B, N, _, K = cache.keys.shape
+    query_BxNxGxK = query_BxHx1xK.reshape(B, N, -1, K)
+    # Keys first: the larger array is best the left one, as with the weights.
+    scores_BxNxSxG = jax.lax.optimization_barrier(
+        jnp.einsum("bnsk,bngk->bnsg", cache.keys, query_BxNxGxK, preferred_element_type=jnp.float32)
+    )
+    scores = jnp.where(
+        valid_BxS[:, None, None], jnp.swapaxes(scores_BxNxSxG, 2, 3), attention.MASKED
+    )
+    weights_BxNxGxS = jax.nn.softmax(scores, axis=-1).astype(cache.values.dtype)
+    attended = jnp.einsum("bngs,bnsk->bngk", weights_BxNxGxS, cache.values)
+    return attended.reshape(B, -1, K)
+
+
+def logits(hidden_BxD: jax.Array, head_VxD: jax.Array, vocab_size: int) -> jax.Array:
+    """As `qwen3.logits`, [B, V], but faster for few rows."""
+    return qwen3.without_unused(
+        _rows_first(
+            jnp.einsum(
+                "vd,bd->vb",
+                head_VxD.astype(hidden_BxD.dtype),
+                hidden_BxD,
+                preferred_element_type=jnp.float32,
+            )
+        ),
+        vocab_size,
+    )
+
+
+def _rows_first(product: jax.Array) -> jax.Array:
+    """A product of weights and [inputs, B], its last axis moved to the front.
+
+    Without the barrier, XLA would swap the product's factors in place of moving the axis.
+    """
+    return jnp.moveaxis(jax.lax.optimization_barrier(product), -1, 0)

@@ -94,10 +94,15 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-        # Cast before the scale, as the published model does: in bf16 the order is visible.
-        return (x32 * inverse_rms).astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return rms_norm(x, self.scale[...].astype(x.dtype), self.epsilon)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float, axis: int = -1) -> jax.Array:
+    """x / rms(x) * scale over an axis, computed in float32; `scale` has the dtype of x."""
+    x32 = x.astype(jnp.float32)
+    inverse_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axis, keepdims=True) + epsilon)
+    # Cast before the scale, as the published model does: in bf16 the order is visible.
+    return (x32 * inverse_rms).astype(x.dtype) * scale
 
 
 class Attention(nnx.Module):
@@ -346,16 +351,22 @@ def unembedding(params: Params) -> jax.Array:
 
 
 def logits(hidden: jax.Array, head_VxD: jax.Array, vocab_size: int) -> jax.Array:
-    """Float32 logits [..., V]; rows beyond the tokenizer's `vocab_size` entries get -1e30.
-
-    The embedding of a published Qwen3 has more rows than its tokenizer has entries. Those rows
-    were never trained: they are no part of the distribution, here and so everywhere.
-    """
+    """Float32 logits [..., V]; rows beyond the tokenizer's `vocab_size` entries get -1e30."""
     out = jnp.einsum(
         "...d,vd->...v",
         hidden,
         head_VxD.astype(hidden.dtype),
         preferred_element_type=jnp.float32,
     )
-    V = head_VxD.shape[0]
-    return out if vocab_size == V else jnp.where(jnp.arange(V) < vocab_size, out, attention.MASKED)
+    return without_unused(out, vocab_size)
+
+
+def without_unused(logits: jax.Array, vocab_size: int) -> jax.Array:
+    """-1e30 in place of the logits [..., V] from `vocab_size` on.
+
+    The embedding of a published Qwen3 has more rows than its tokenizer has entries. Those rows
+    were never trained: they are no part of the distribution, here and so everywhere.
+    """
+    V = logits.shape[-1]
+    masked = attention.MASKED
+    return logits if vocab_size == V else jnp.where(jnp.arange(V) < vocab_size, logits, masked)
