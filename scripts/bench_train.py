@@ -3,6 +3,7 @@
 Runs whole optimizer steps (student and teacher forward, loss, backward, clip, AdamW) of a randomly
 initialised model in float32, on rows that all have their full width, and prints one JSON object:
   seconds         of the median step, after --warmup of them; compilation is not counted
+  cpu_seconds     of all its threads: what a busy machine leaves comparable
   tokens_per_second  positions of the student's rows over that, prompts included
   tflop           floating-point operations a step, see `flops`; recomputation does not count
   share           of the rate of a [3072, 512] x [512, 1536] product timed in the same process
@@ -120,11 +121,12 @@ def main(argv: Sequence[str]) -> int:
 def measure(side: str, work: Work) -> dict[str, Any]:
     """The figures of one side, in this process."""
     step = {"jax": jax_step, "torch": torch_step}[side](work)
-    seconds, loss = [], 0.0
+    seconds, cpu_seconds, loss = [], [], 0.0
     for _ in range(work.warmup + work.steps):
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         loss = step()
         seconds.append(time.perf_counter() - began)
+        cpu_seconds.append(time.process_time() - cpu_began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     middle = statistics.median(seconds[work.warmup :])
     tokens = work.batch * (work.prompt + work.response)
@@ -133,6 +135,7 @@ def measure(side: str, work: Work) -> dict[str, Any]:
         "side": side,
         **{name: getattr(work, name) for name in Work._fields[1:]},
         "seconds": round(middle, 4),
+        "cpu_seconds": round(statistics.median(cpu_seconds[work.warmup :]), 4),
         "tokens_per_second": round(tokens / middle, 1),
         "tflop": round(flops(work) / 1e12, 4),
         "gflops_per_second": round(flops(work) / middle / 1e9, 1),
