@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
             f"--batch={work.batch} is not a multiple of --micro_batch={work.micro_batch}"
         )
     if args.against:
-        compare([argument for argument in argv[1:] if "against" not in argument], args)
+        compare(args)
         return cli.EXIT_DONE
     print(json.dumps({"benchmark": "train", "shape": args.shape} | measure(args.side, work)))
     return cli.EXIT_DONE
@@ -295,8 +295,9 @@ def torch_loss(student: Any, teacher: Any, given: Inputs) -> Any:
     return (log_q.exp() * (log_q - log_p)).sum()
 
 
-def compare(arguments: Sequence[str], args: flags.FlagValues) -> None:
+def compare(args: flags.FlagValues) -> None:
     """Runs pairs of fresh processes and prints their figures, then the ratios."""
+    arguments = [f"--{name}={getattr(args, name)}" for name in ("shape", *Work._fields[1:])]
     ratios: dict[str, list[float]] = {"ratio": [], "rss_ratio": []}
     for pair in range(args.pairs):
         figures: dict[str, Mapping[str, Any]] = {}
