@@ -318,7 +318,7 @@ def test_every_configurable_remat_policy_exists():
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_program_size_does_not_grow_with_depth(remat):
-    """Of the forward and the backward pass: the layers are scanned."""
+    """Of the forward and the backward pass: the layers are scanned, from some depth on."""
 
     def operations(layers: int) -> int:
         config = dataclasses.replace(
@@ -331,7 +331,27 @@ def test_program_size_does_not_grow_with_depth(remat):
         text = jax.jit(jax.grad(loss)).lower(qwen3.abstract_params(config), tokens).as_text()
         return text.count(" = stablehlo.")
 
-    assert operations(2) == operations(7) > 100
+    shallow = qwen3.UNROLLED_LAYERS + 1 if remat == "none" else 2
+    assert operations(shallow) == operations(shallow + 5) > 100
+    assert (operations(2) == operations(3)) == (remat != "none"), "unrolled without remat only"
+
+
+def test_unrolled_layers_compute_what_scanned_ones_do(monkeypatch):
+    """And the backward pass of the MLP's own product is that of its formula."""
+    model = hf_reference.load("tied")
+    tokens = model.inputs.tokens
+
+    def value_and_gradient():
+        loss = lambda params: jnp.sum(jnp.sin(qwen3.forward(params, model.config, tokens)))  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(model.params)
+
+    unrolled = value_and_gradient()
+    monkeypatch.setattr(qwen3, "UNROLLED_LAYERS", 0)
+    monkeypatch.setattr(qwen3, "_gated", lambda gate, up: jax.nn.silu(gate) * up)
+    scanned = value_and_gradient()
+    for got, expected in zip(jax.tree.leaves(unrolled), jax.tree.leaves(scanned), strict=True):
+        assert np.abs(expected).max() > 0
+        assert relative_gap(got, expected) <= 1e-5
 
 
 def test_logits_beyond_the_tokenizer_are_no_part_of_the_distribution():

@@ -7,7 +7,7 @@ teacher's forward pass, the optimizer and the checkpoints all hold the same thin
 
 Shapes: B batch, T query positions, S key positions, D model width, H query heads, N key/value
 heads, G = H / N queries per key/value head, K head width, F feed-forward width, V vocabulary,
-L layers.
+L layers. Layers also take rows that lie behind each other, [B * T, ...] in place of [B, T, ...].
 """
 
 import dataclasses
@@ -25,6 +25,9 @@ from opsdc_jax.models import attention
 from opsdc_jax.models.rope import Yarn, apply_rotary, rotary_tables
 
 Params = dict[str, Any]
+
+# Up to so many layers are unrolled on a CPU, see `_unrolls`.
+UNROLLED_LAYERS = 8
 
 # (query, keys, values) -> attended: [B, H, T, K], twice [B, N, S, K] -> [B, H, T, K]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -136,17 +139,21 @@ class Attention(nnx.Module):
         scale = self.head_dim**-0.5  # of the scores, applied before the queries are cast
 
         def project(kernel: nnx.Param) -> jax.Array:
-            return jnp.einsum("btd,dhk->bhtk", x_BxTxD, kernel[...].astype(x_BxTxD.dtype))
+            return jnp.einsum("...d,dhk->...hk", x_BxTxD, kernel[...].astype(x_BxTxD.dtype))
 
-        query = apply_rotary(self.query_norm(project(self.query)), cos * scale, sin * scale)
-        keys = apply_rotary(self.key_norm(project(self.key)), cos, sin)
-        values = project(self.value)
+        def rotated(x_BxTxHxK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+            return apply_rotary(jnp.swapaxes(x_BxTxHxK, -2, -3), cos, sin)
+
+        query = rotated(self.query_norm(project(self.query)), cos * scale, sin * scale)
+        keys = rotated(self.key_norm(project(self.key)), cos, sin)
+        values = jnp.swapaxes(project(self.value), -2, -3)
         if cache is not None:
             start = (0, 0, slot, 0)
             keys = jax.lax.dynamic_update_slice(cache.keys, keys, start)
             values = jax.lax.dynamic_update_slice(cache.values, values, start)
         attended = attend(query, keys, values)
-        out = jnp.einsum("bhtk,hkd->btd", attended, self.out[...].astype(x_BxTxD.dtype))
+        attended = jnp.swapaxes(attended, -2, -3)
+        out = jnp.einsum("...hk,hkd->...d", attended, self.out[...].astype(x_BxTxD.dtype))
         return out, KVCache(keys, values)
 
 
@@ -161,8 +168,25 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         dtype = x_BxTxD.dtype
-        gate = jax.nn.silu(x_BxTxD @ self.gate[...].astype(dtype))
-        return (gate * (x_BxTxD @ self.up[...].astype(dtype))) @ self.down[...].astype(dtype)
+        gate, up = (x_BxTxD @ kernel[...].astype(dtype) for kernel in (self.gate, self.up))
+        return _gated(gate, up) @ self.down[...].astype(dtype)
+
+
+@jax.custom_vjp
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up. The backward pass keeps these two only, and computes the rest again."""
+    return jax.nn.silu(gate) * up
+
+
+def _gated_backward(
+    kept: tuple[jax.Array, jax.Array], out_bar: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    gate, up = kept
+    sigmoid = jax.nn.sigmoid(gate)
+    return out_bar * up * sigmoid * (1 + gate * (1 - sigmoid)), out_bar * gate * sigmoid
+
+
+_gated.defvjp(lambda gate, up: (_gated(gate, up), (gate, up)), _gated_backward)
 
 
 class DecoderLayer(nnx.Module):
@@ -235,8 +259,21 @@ class Qwen3(nnx.Module):
         if self.config.remat != "none":
             policy = REMAT_POLICIES[self.config.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        x, caches = jax.lax.scan(body, placed(self.embed(tokens_BxT)), layers)
+        x = placed(self.embed(tokens_BxT))
+        x, caches = jax.lax.scan(body, x, layers, unroll=_unrolls(self.config, mesh))
         return self.final_norm(x), caches
+
+
+def _unrolls(config: Qwen3Config, mesh: Mesh | None) -> bool:
+    """Whether the scan over the layers becomes a program of so many layers.
+
+    On a CPU a scan's every array that the backward pass keeps is filled with zeros, written and
+    read again as a slice of a stack, weights and their gradients too: a fifth of a small model's
+    step. A deep model compiles faster as a scan, and rematerialization relies on one.
+    """
+    device = mesh.devices.flat[0] if mesh is not None else jax.devices()[0]
+    shallow = config.num_hidden_layers <= UNROLLED_LAYERS
+    return device.platform == "cpu" and shallow and config.remat == "none"
 
 
 @functools.lru_cache(maxsize=64)
@@ -302,14 +339,37 @@ def forward(
       lengths_B: tokens of rows padded on the right, see `attention.attention`.
       mesh: where the arrays are; None is one device.
     """
-    attend = functools.partial(
+    attend: Attend = functools.partial(
         attention.attention,
         implementation=config.attention,
         valid_BxT=valid_BxT,
         lengths_B=lengths_B,
         mesh=mesh,
     )
-    return _run(params, config, tokens_BxT, positions_BxT, attend, mesh, keep=False)[0]
+    if positions_BxT is None:
+        positions_BxT = jnp.arange(tokens_BxT.shape[1], dtype=jnp.int32)[None, :]
+    B, T = tokens_BxT.shape
+    if mesh is None or mesh.size == 1:
+        # Products of two-dimensional arrays: for the gradient of a weight, a sum over rows and
+        # positions, XLA would otherwise copy both factors into another order first.
+        positions_BxT = jnp.broadcast_to(positions_BxT, (B, T)).reshape(B * T)
+        tokens_BxT, attend = tokens_BxT.reshape(B * T), _row_by_row(attend, B)
+    hidden, _ = _run(params, config, tokens_BxT, positions_BxT, attend, mesh, keep=False)
+    return hidden.reshape(B, T, -1)
+
+
+def _row_by_row(attend: Attend, B: int) -> Attend:
+    """Attention within each of B rows that lie behind each other: [H, B * T, K]."""
+
+    def split(x: jax.Array) -> jax.Array:
+        H, _, K = x.shape
+        return jnp.swapaxes(x.reshape(H, B, -1, K), 0, 1)
+
+    def attend_rows(query: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+        out = attend(split(query), split(keys), split(values))
+        return jnp.swapaxes(out, 0, 1).reshape(query.shape)
+
+    return attend_rows
 
 
 def prefill(
@@ -334,13 +394,11 @@ def _run(
     params: Params,
     config: Qwen3Config,
     tokens_BxT: jax.Array,
-    positions_BxT: jax.Array | None,
+    positions_BxT: jax.Array,
     attend: Attend,
     mesh: Mesh | None,
     keep: bool,
 ) -> tuple[jax.Array, KVCache | None]:
-    if positions_BxT is None:
-        positions_BxT = jnp.arange(tokens_BxT.shape[1], dtype=jnp.int32)[None, :]
     model = nnx.merge(described(config)[0], params)
     return model(tokens_BxT, positions_BxT, attend, mesh, keep)
 

@@ -60,9 +60,9 @@ def frequencies(head_dim: int, theta: float, yarn: Yarn | None) -> tuple[np.ndar
 def rotary_tables(
     positions_BxT: jax.Array, head_dim: int, theta: float, yarn: Yarn | None
 ) -> tuple[jax.Array, ...]:
-    """cos and sin of the rotary angles, each [B, 1, T, K/2] in float32."""
+    """cos and sin of the rotary angles, each [B, 1, T, K/2] in float32; [1, T, K/2] from [T]."""
     angles_per_position, scale = frequencies(head_dim, theta, yarn)
-    angles = positions_BxT[:, None, :, None].astype(jnp.float32) * angles_per_position
+    angles = positions_BxT[..., None, :, None].astype(jnp.float32) * angles_per_position
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
