@@ -30,7 +30,7 @@ def default_config() -> ConfigDict:
     config.model.compute_dtype = "bfloat16"  # activations; the student's masters stay float32
     config.model.teacher_dtype = "bfloat16"  # the teacher's parameters
     config.model.attention = "auto"  # by device and length, see models/attention.py, or a name
-    # "none", "full", "attention" or "dots": what each keeps stands in models/qwen3.py
+    # "none", "full", "attention" or "dots": what each keeps stands in models/layers.py
     config.model.remat = "full"
 
     config.data = ConfigDict()

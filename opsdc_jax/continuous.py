@@ -17,7 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opsdc_jax import sharding, slots
-from opsdc_jax.models.qwen3 import Params, Qwen3Config
+from opsdc_jax.models.layers import Qwen3Config
+from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.rollout import fitting, left_pad
 from opsdc_jax.slots import Refill, Rules, View
 

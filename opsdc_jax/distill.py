@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from opsdc_jax import losses, sharding
 from opsdc_jax.losses import TokenSums
 from opsdc_jax.models import qwen3
-from opsdc_jax.models.qwen3 import Params, Qwen3Config
+from opsdc_jax.models.layers import Qwen3Config
+from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.rollout import DistillBatch
 
 

@@ -16,7 +16,7 @@ from opsdc_jax.benchmarks import Benchmark, open_benchmarks
 from opsdc_jax.data import Example
 from opsdc_jax.files import fingerprint
 from opsdc_jax.models import hf, qwen3, weights
-from opsdc_jax.models.qwen3 import Qwen3Config
+from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.prompts import Prompts
 from opsdc_jax.sampler import Sampler, decode_mesh
 from opsdc_jax.sampling import TRAIN_STREAM, sequence_keys

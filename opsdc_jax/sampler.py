@@ -22,7 +22,8 @@ from opsdc_jax import continuous, sharding, slots
 from opsdc_jax.config import InputError
 from opsdc_jax.continuous import Layout, Piece
 from opsdc_jax.models import decode, qwen3
-from opsdc_jax.models.qwen3 import Params, Qwen3Config
+from opsdc_jax.models.layers import Qwen3Config
+from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.rollout import Rollout, fitting, left_pad
 from opsdc_jax.sampling import SamplingParams
 from opsdc_jax.slots import Rules, Weights

@@ -24,7 +24,8 @@ from jax.sharding import Mesh, NamedSharding
 from opsdc_jax import sharding
 from opsdc_jax.models import decode, qwen3
 from opsdc_jax.models.decode import DecodeLayer
-from opsdc_jax.models.qwen3 import KVCache, Params, Qwen3Config
+from opsdc_jax.models.layers import KVCache, Qwen3Config
+from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.rollout import Array
 from opsdc_jax.sampling import SamplingParams, draw, log_probability
 

@@ -41,7 +41,8 @@ from absl import flags
 from opsdc_jax import cli, sampler, sampling, sharding
 from opsdc_jax.config import InputError
 from opsdc_jax.models import qwen3
-from opsdc_jax.models.qwen3 import Params, Qwen3Config
+from opsdc_jax.models.layers import Qwen3Config
+from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.models.shapes import SHAPES
 
 GIB = 2**30

@@ -28,7 +28,7 @@ from absl import flags
 
 from opsdc_jax import cli, config, distill, rollout, sampler, sampling, sharding
 from opsdc_jax.models import qwen3
-from opsdc_jax.models.qwen3 import Qwen3Config
+from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.models.shapes import SHAPES
 from opsdc_jax.planner import hlo
 from opsdc_jax.planner.topology import GIB

@@ -32,7 +32,7 @@ from opsdc_jax.data import Example
 from opsdc_jax.evaluate import Evaluator, System
 from opsdc_jax.files import fingerprint, write_json
 from opsdc_jax.models import hf, qwen3, weights
-from opsdc_jax.models.qwen3 import Qwen3Config
+from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.prompts import Prompts
 from opsdc_jax.sampler import Sampler, decode_mesh
 

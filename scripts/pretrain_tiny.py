@@ -22,7 +22,8 @@ from absl import flags
 
 from opsdc_jax import cli, data, evaluate, grading, sharding
 from opsdc_jax.config import InputError
-from opsdc_jax.models.qwen3 import Params, Qwen3Config
+from opsdc_jax.models.layers import Qwen3Config
+from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.progress import seconds
 from opsdc_jax.prompts import Prompts
 from opsdc_jax.sampler import Sampler, decode_mesh

@@ -29,7 +29,7 @@ from absl import flags
 from opsdc_jax import cli
 from opsdc_jax.config import InputError
 from opsdc_jax.models import hf, qwen3, weights
-from opsdc_jax.models.qwen3 import Qwen3Config
+from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.models.shapes import SHAPES
 
 SCRIPTS = pathlib.Path(__file__).parent

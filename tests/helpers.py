@@ -13,7 +13,8 @@ from jax.extend import core
 from ml_collections import ConfigDict
 
 from opsdc_jax.models import qwen3
-from opsdc_jax.models.qwen3 import Params, Qwen3Config
+from opsdc_jax.models.layers import Qwen3Config
+from opsdc_jax.models.qwen3 import Params
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -20,7 +20,8 @@ import pytest
 import safetensors.numpy
 
 from opsdc_jax.models import hf
-from opsdc_jax.models.qwen3 import Params, Qwen3Config
+from opsdc_jax.models.layers import Qwen3Config
+from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.models.weights import load_params
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

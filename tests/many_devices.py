@@ -20,7 +20,7 @@ from helpers import ROOT, load_script, random_params
 from opsdc_jax import cli, distill, distributed, sampler, sharding, slots
 from opsdc_jax.config import default_config
 from opsdc_jax.models import qwen3
-from opsdc_jax.models.qwen3 import Qwen3Config
+from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.rollout import Rollout
 from opsdc_jax.sampling import SamplingParams, sequence_keys
 

@@ -10,6 +10,7 @@ from helpers import SMALL, load_script
 
 from opsdc_jax.config import InputError
 from opsdc_jax.models import hf, qwen3
+from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.models.weights import load_params
 
 bench = load_script("bench_train")
@@ -27,7 +28,7 @@ def test_every_figure_is_there_and_adds_up():
 
 def test_operations_are_those_of_the_compiled_products():
     """XLA counts whole squares of attention, and all that is no product: by little, if wide."""
-    model = qwen3.Qwen3Config(
+    model = Qwen3Config(
         vocab_size=512,
         hidden_size=256,
         intermediate_size=384,

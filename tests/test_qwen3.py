@@ -11,7 +11,7 @@ import pytest
 
 from opsdc_jax.config import REMAT_POLICIES
 from opsdc_jax.models import attention, decode, qwen3
-from opsdc_jax.models.qwen3 import KVCache
+from opsdc_jax.models.layers import KVCache
 from opsdc_jax.models.rope import Yarn
 
 NAMES = tuple(hf_reference.CASES)

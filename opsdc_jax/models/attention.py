@@ -1,6 +1,6 @@
 """Causal self-attention with grouped heads: one function, four ways to compute it.
 
-Only `dense` ever holds a [T, T] array. Queries come scaled by 1 / sqrt(K) (`qwen3.Attention` does
+Only `dense` ever holds a [T, T] array. Queries come scaled by 1 / sqrt(K) (`layers.Attention` does
 it in float32, before the cast); softmax is in float32; matrix products take the inputs' dtype and
 add up in float32.
 

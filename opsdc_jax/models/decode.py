@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from opsdc_jax.models import attention, qwen3
-from opsdc_jax.models.qwen3 import KVCache, Params, Qwen3Config
+from opsdc_jax.models.layers import KVCache, Qwen3Config, rms_norm
+from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.models.rope import apply_rotary, rotary_tables
 
 
@@ -86,7 +87,7 @@ def decode_step(
     x_DxB = params["embedding"][token_B].astype(config.compute_dtype).T
 
     def norm(x_DxB: jax.Array, scale_D: jax.Array) -> jax.Array:
-        return qwen3.rms_norm(x_DxB, scale_D[:, None], epsilon, axis=0)
+        return rms_norm(x_DxB, scale_D[:, None], epsilon, axis=0)
 
     updated = []
     for layer, old in zip(layers, caches, strict=True):
@@ -115,8 +116,8 @@ def _project(
     scale = layer.query_norm_K.size**-0.5  # of the scores, applied before the queries are cast
     query_BxHxK = _rows_first(jnp.tensordot(layer.query_HxKxD, normed_DxB, axes=1))
     key_value_Bx2xNxK = _rows_first(jnp.tensordot(layer.key_value_2xNxKxD, normed_DxB, axes=1))
-    query = qwen3.rms_norm(query_BxHxK[:, :, None], layer.query_norm_K, epsilon)
-    key = qwen3.rms_norm(key_value_Bx2xNxK[:, 0, :, None], layer.key_norm_K, epsilon)
+    query = rms_norm(query_BxHxK[:, :, None], layer.query_norm_K, epsilon)
+    key = rms_norm(key_value_Bx2xNxK[:, 0, :, None], layer.key_norm_K, epsilon)
     new = KVCache(apply_rotary(key, cos, sin), key_value_Bx2xNxK[:, 1, :, None])
     cache = KVCache(
         *(

@@ -19,7 +19,8 @@ from opsdc_jax import tiny
 from opsdc_jax.config import InputError
 from opsdc_jax.files import read_json, write_json
 from opsdc_jax.models import weights
-from opsdc_jax.models.qwen3 import Params, Qwen3Config
+from opsdc_jax.models.layers import Qwen3Config
+from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.models.rope import Yarn
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")

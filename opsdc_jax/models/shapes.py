@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from opsdc_jax.models.qwen3 import Qwen3Config
+from opsdc_jax.models.layers import Qwen3Config
 
 
 def _qwen3(hidden: int, mlp: int, layers: int, heads: int, *, tied: bool) -> Qwen3Config:

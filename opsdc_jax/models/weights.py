@@ -20,7 +20,8 @@ import safetensors.numpy
 from opsdc_jax.config import InputError
 from opsdc_jax.files import check_regular, read_json, write_json
 from opsdc_jax.models import qwen3
-from opsdc_jax.models.qwen3 import Params, Qwen3Config
+from opsdc_jax.models.layers import Qwen3Config
+from opsdc_jax.models.qwen3 import Params
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from opsdc_jax import sampler, sharding
 from opsdc_jax.config import InputError
 from opsdc_jax.models import hf, qwen3
-from opsdc_jax.models.qwen3 import Qwen3Config
+from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.models.shapes import SHAPES
 from opsdc_jax.planner import memory, programs, roofline
 from opsdc_jax.planner.topology import Topology

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from opsdc_jax import continuous, distill, rollout, sampler, sampling, sharding, slots
 from opsdc_jax.config import get
 from opsdc_jax.models import qwen3
-from opsdc_jax.models.qwen3 import Qwen3Config
+from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.models.rope import Yarn
 from opsdc_jax.planner import memory, roofline
 from opsdc_jax.planner.topology import Topology, parse

@@ -22,7 +22,8 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from opsdc_jax.models import hf, qwen3
-from opsdc_jax.models.qwen3 import Params, Qwen3Config
+from opsdc_jax.models.layers import Qwen3Config
+from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.prompts import Prompts
 from opsdc_jax.rollout import Array
 from opsdc_jax.tiny import task
