@@ -347,7 +347,7 @@ def test_unrolled_layers_compute_what_scanned_ones_do(monkeypatch):
 
     unrolled = value_and_gradient()
     monkeypatch.setattr(qwen3, "UNROLLED_LAYERS", 0)
-    monkeypatch.setattr(qwen3, "_gated", lambda gate, up: jax.nn.silu(gate) * up)
+    monkeypatch.setattr(qwen3, "gated", lambda gate, up: jax.nn.silu(gate) * up)
     scanned = value_and_gradient()
     for got, expected in zip(jax.tree.leaves(unrolled), jax.tree.leaves(scanned), strict=True):
         assert np.abs(expected).max() > 0

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from opsdc_jax import sharding
 from opsdc_jax.models import attention
+from opsdc_jax.models.gated import gated
 from opsdc_jax.models.rope import Yarn, apply_rotary, rotary_tables
 
 Params = dict[str, Any]
@@ -164,24 +165,7 @@ class MLP(nnx.Module):
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         dtype = x_BxTxD.dtype
         gate, up = (x_BxTxD @ kernel[...].astype(dtype) for kernel in (self.gate, self.up))
-        return _gated(gate, up) @ self.down[...].astype(dtype)
-
-
-@jax.custom_vjp
-def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up. The backward pass keeps these two only, and computes the rest again."""
-    return jax.nn.silu(gate) * up
-
-
-def _gated_backward(
-    kept: tuple[jax.Array, jax.Array], out_bar: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    gate, up = kept
-    sigmoid = jax.nn.sigmoid(gate)
-    return out_bar * up * sigmoid * (1 + gate * (1 - sigmoid)), out_bar * gate * sigmoid
-
-
-_gated.defvjp(lambda gate, up: (_gated(gate, up), (gate, up)), _gated_backward)
+        return gated(gate, up) @ self.down[...].astype(dtype)
 
 
 class DecoderLayer(nnx.Module):
