@@ -27,8 +27,7 @@ from opsdc_jax.models.rope import Yarn, apply_rotary, rotary_tables
 
 Params = dict[str, Any]
 
-# Up to so many layers are unrolled on a CPU, see `_unrolls`.
-UNROLLED_LAYERS = 8
+UNROLLED_LAYERS = 8  # at most so many, on a CPU, see `_unrolls`
 
 # (query, keys, values) -> attended: [B, H, T, K], twice [B, N, S, K] -> [B, H, T, K]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -238,21 +237,20 @@ class Qwen3(nnx.Module):
         if self.config.remat != "none":
             policy = REMAT_POLICIES[self.config.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        x = placed(self.embed(tokens_BxT))
-        x, caches = jax.lax.scan(body, x, layers, unroll=_unrolls(self.config, mesh))
+        unroll = _unrolls(self.config, mesh)
+        x, caches = jax.lax.scan(body, placed(self.embed(tokens_BxT)), layers, unroll=unroll)
         return self.final_norm(x), caches
 
 
 def _unrolls(config: Qwen3Config, mesh: Mesh | None) -> bool:
     """Whether the scan over the layers becomes a program of so many layers.
 
-    On a CPU a scan's every array that the backward pass keeps is filled with zeros, written and
-    read again as a slice of a stack, weights and their gradients too: a fifth of a small model's
-    step. A deep model compiles faster as a scan, and rematerialization relies on one.
+    On a CPU, a scan fills, writes and reads a stack for every array that the backward pass keeps.
+    A deep model compiles faster as a scan, and rematerialization relies on one.
     """
     device = mesh.devices.flat[0] if mesh is not None else jax.devices()[0]
-    shallow = config.num_hidden_layers <= UNROLLED_LAYERS
-    return device.platform == "cpu" and shallow and config.remat == "none"
+    fits = config.num_hidden_layers <= UNROLLED_LAYERS and config.remat == "none"
+    return fits and device.platform == "cpu"
 
 
 @functools.lru_cache(maxsize=64)
@@ -345,7 +343,7 @@ def _row_by_row(attend: Attend, B: int) -> Attend:
         return jnp.swapaxes(x.reshape(H, B, -1, K), 0, 1)
 
     def attend_rows(query: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-        out = attend(split(query), split(keys), split(values))
+        out = attend(*map(split, (query, keys, values)))
         return jnp.swapaxes(out, 0, 1).reshape(query.shape)
 
     return attend_rows
@@ -393,11 +391,7 @@ def logits(hidden: jax.Array, head_VxD: jax.Array, vocab_size: int) -> jax.Array
     The embedding of a published Qwen3 has more rows than its tokenizer has entries. Those rows
     were never trained: they are no part of the distribution, here and so everywhere.
     """
-    out = jnp.einsum(
-        "...d,vd->...v",
-        hidden,
-        head_VxD.astype(hidden.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    head_VxD = head_VxD.astype(hidden.dtype)
+    out = jnp.einsum("...d,vd->...v", hidden, head_VxD, preferred_element_type=jnp.float32)
     V = head_VxD.shape[0]
     return out if vocab_size == V else jnp.where(jnp.arange(V) < vocab_size, out, attention.MASKED)
