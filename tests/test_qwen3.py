@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from opsdc_jax.config import REMAT_POLICIES
-from opsdc_jax.models import attention, decode, qwen3
+from opsdc_jax.models import attention, decode, layers, qwen3
 from opsdc_jax.models.layers import KVCache
 from opsdc_jax.models.rope import Yarn
 
@@ -347,7 +347,7 @@ def test_unrolled_layers_compute_what_scanned_ones_do(monkeypatch):
 
     unrolled = value_and_gradient()
     monkeypatch.setattr(qwen3, "UNROLLED_LAYERS", 0)
-    monkeypatch.setattr(qwen3, "_gated", lambda gate, up: jax.nn.silu(gate) * up)
+    monkeypatch.setattr(layers, "_gated", lambda gate, up: jax.nn.silu(gate) * up)
     scanned = value_and_gradient()
     for got, expected in zip(jax.tree.leaves(unrolled), jax.tree.leaves(scanned), strict=True):
         assert np.abs(expected).max() > 0
