@@ -98,8 +98,7 @@ def main(argv: Sequence[str]) -> int:
         raise InputError("--batch, --prompt, --pairs, --repeats must be at least 1, --new 2")
     for side in {args.run, args.against} & set(NEEDS):
         require(side)
-    spread = args.scenario == "spread"
-    if spread and (args.against or args.run != "opsdc"):
+    if (spread := args.scenario == "spread") and (args.against or args.run != "opsdc"):
         raise InputError(
             "--scenario spread is of this package's sampler alone: leave out --against"
         )
