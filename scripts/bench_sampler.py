@@ -17,7 +17,12 @@ and sdpa attention) or --against tunix (its Sampler), both sides take turns in f
   ratio              the other's seconds over ours
   rss_ratio          ours over the other's
 
+With --scenario spread, lengths are geometric (mean 64, cut at --new, by default 512). 8 x --batch
+prompts are sampled in --batch slots (seconds), and in one batch after the other, each of which
+waits for its longest response (batches_seconds); `ratio` is the latter over the former.
+
     python scripts/bench_sampler.py --shape small --against torch
+    python scripts/bench_sampler.py --shape small --scenario spread --batch 32
     python scripts/bench_sampler.py --shape q06 --prompt 368   # mean context 384
 """
 
@@ -58,17 +63,10 @@ class Case(NamedTuple):
     new: int
 
 
-def _shape(layers: int, hidden: int, heads: tuple[int, int, int], mlp: int, vocabulary: int) -> Any:
-    return Qwen3Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads[0],
-        num_key_value_heads=heads[1],
-        head_dim=heads[2],
-        tie_word_embeddings=True,
-    )
+def _shape(
+    layers: int, hidden: int, heads: tuple[int, int, int], mlp: int, vocabulary: int
+) -> Qwen3Config:
+    return Qwen3Config(vocabulary, hidden, mlp, layers, *heads, tie_word_embeddings=True)
 
 
 CASES: Mapping[str, Case] = {
@@ -87,8 +85,9 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_integer("batch", 0, "rows; 0: the shape's own", **define)
     flags.DEFINE_integer("prompt", 0, "tokens of a prompt; 0: the shape's own", **define)
     flags.DEFINE_integer("new", 0, "tokens of a response; 0: the shape's own", **define)
-    flags.DEFINE_float("top_p", 1.0, "see sampling.SamplingParams", **define)
-    flags.DEFINE_integer("top_k", 0, "see sampling.SamplingParams", **define)
+    flags.DEFINE_float("top_p", 1.0, "of drawing", **define)
+    flags.DEFINE_integer("top_k", 0, "of drawing", **define)
+    flags.DEFINE_enum("scenario", "fixed", ["fixed", "spread"], "lengths of responses", **define)
     flags.DEFINE_enum("run", "opsdc", list(RUNS), "whose sampler", **define)
     flags.DEFINE_enum("against", None, list(NEEDS), "compare with another library", **define)
     flags.DEFINE_integer("pairs", 5, "processes of each side", **define)
@@ -100,8 +99,17 @@ def main(argv: Sequence[str]) -> int:
         raise InputError("--batch, --prompt, --pairs, --repeats must be at least 1, --new 2")
     for side in {args.run, args.against} & set(NEEDS):
         require(side)
+    if (spread := args.scenario == "spread") and (args.against or args.run != "opsdc"):
+        raise InputError(
+            "--scenario spread is of this package's sampler alone: leave out --against"
+        )
+    if spread:
+        case = case._replace(new=args.new or 512)
     start = {"benchmark": "sampler", "shape": args.shape} | case._asdict()
     del start["model"]
+    if spread:
+        print(json.dumps(start | {"scenario": "spread"} | run_spread(case, args.repeats)))
+        return cli.EXIT_DONE
     if not args.against:
         drawing = sampling.SamplingParams(1.0, args.top_p, args.top_k, case.new)
         measured = RUNS[args.run](case, drawing, args.repeats)
@@ -182,9 +190,13 @@ def fastest(call: Callable[[], Any], repeats: int) -> float:
     return min(times[1:])
 
 
-def peak_rss_gib() -> float:
-    """Of this process so far."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 3)
+def speed(case: Case, seconds: float) -> dict[str, float]:
+    """What every side tells of a call; memory is of this process so far."""
+    return {
+        "seconds": round(seconds, 4),
+        "tokens_per_second": round(case.batch * case.new / seconds, 1),
+        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 3),
+    }
 
 
 def step_bytes(case: Case) -> int:
@@ -200,20 +212,29 @@ def step_bytes(case: Case) -> int:
     return int((weights + case.batch * context * kept) * jnp.dtype(model.compute_dtype).itemsize)
 
 
-def run_opsdc(case: Case, drawing: sampling.SamplingParams, repeats: int) -> dict[str, Any]:
-    """This package's sampler, on all devices."""
+def make_sampler(
+    case: Case, stop_ids: tuple[int, ...], slots: int = 0
+) -> tuple[sampler.Sampler, Params]:
+    """This package's sampler, on all devices, and weights for it."""
     mesh = sharding.make_mesh({"replica": 1, "fsdp": -1, "tensor": 1})
     sharding.check_divides(mesh, "--batch", case.batch)
     params = sharding.place(random_params(case.model), sharding.whole(mesh))
-    sample = sampler.Sampler(
+    made = sampler.Sampler(
         model=case.model,
         mesh=sampler.decode_mesh(case.model, mesh, -1),
         prompt_buckets=(case.prompt,),
         response_width=case.new,
         vocab_size=case.model.vocab_size,
-        stop_ids=(case.model.vocab_size,),  # no token
+        stop_ids=stop_ids,
         pad_id=0,
+        slots=slots,
     )
+    return made, params
+
+
+def run_opsdc(case: Case, drawing: sampling.SamplingParams, repeats: int) -> dict[str, Any]:
+    """This package's sampler; nothing stops."""
+    sample, params = make_sampler(case, (case.model.vocab_size,))
     prompts = random_prompts(case).tolist()
     keys = sampling.sequence_keys(0, sampling.TRAIN_STREAM, 0, np.arange(case.batch))
 
@@ -223,18 +244,48 @@ def run_opsdc(case: Case, drawing: sampling.SamplingParams, repeats: int) -> dic
 
     seconds = fastest(lambda: call(case.new), repeats)
     decode = (seconds - fastest(lambda: call(1), repeats)) / (case.new - 1)
-    peak = peak_rss_gib()  # before the bandwidth's own array
+    measured = speed(case, seconds)  # before the bandwidth's own array makes a peak
     bandwidth = read_bandwidth()
     bound = step_bytes(case) / bandwidth
-    return {
+    return measured | {
         "device": jax.devices()[0].device_kind,
-        "seconds": round(seconds, 4),
-        "tokens_per_second": round(case.batch * case.new / seconds, 1),
         "decode_ms": round(decode * 1000, 3),
         "bound_ms": round(bound * 1000, 3),
         "share": round(bound / decode, 3),
         "read_gb_per_s": round(bandwidth / 1e9, 1),
-        "peak_rss_gib": peak,
+    }
+
+
+def run_spread(case: Case, repeats: int) -> dict[str, Any]:
+    """Continuous batching beside one batch after the other: the same prompts, the same keys.
+
+    One id of 64 ends a response. The logits of random weights are nearly equal, so the chance of
+    such an id is about 1 in 64 at any token.
+    """
+    model, rows = case.model, case.batch
+    sample, params = make_sampler(case, tuple(range(0, model.vocab_size, 64)), slots=rows)
+    prompts = random_prompts(case._replace(batch=8 * rows)).tolist()
+    keys = sampling.sequence_keys(0, sampling.TRAIN_STREAM, 0, np.arange(len(prompts)))
+
+    def continuous() -> np.ndarray:
+        return np.asarray(sample(params, prompts, keys, sampling.SamplingParams()).lengths_B)
+
+    def batches() -> np.ndarray:
+        cuts = [slice(start, start + rows) for start in range(0, len(prompts), rows)]
+        done = [sample(params, prompts[cut], keys[cut], sampling.SamplingParams()) for cut in cuts]
+        return np.concatenate([np.asarray(out.lengths_B) for out in done])
+
+    seconds = {way: fastest(way, repeats) for way in (continuous, batches)}
+    lengths = continuous()
+    assert np.array_equal(lengths, batches())
+    return {
+        "device": jax.devices()[0].device_kind,
+        "prompts": len(prompts),
+        "mean_length": round(float(lengths.mean()), 1),
+        "seconds": round(seconds[continuous], 4),
+        "batches_seconds": round(seconds[batches], 4),
+        "ratio": round(seconds[batches] / seconds[continuous], 3),
+        "tokens_per_second": round(float(lengths.sum()) / seconds[continuous], 1),
     }
 
 
@@ -244,10 +295,10 @@ def run_torch(case: Case, drawing: sampling.SamplingParams, repeats: int) -> dic
     import transformers
 
     model = case.model
-    shared = {field.name for field in dataclasses.fields(model)}
-    shared -= {"yarn", "compute_dtype", "attention", "remat", "rope_theta"}
+    ours = {"yarn", "compute_dtype", "attention", "remat", "rope_theta"}
+    shared = dataclasses.asdict(model).items()
     hf_config = transformers.Qwen3Config(
-        **{name: getattr(model, name) for name in shared},
+        **{name: value for name, value in shared if name not in ours},
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
     )
     network = transformers.Qwen3ForCausalLM(hf_config).eval()
@@ -276,11 +327,8 @@ def run_torch(case: Case, drawing: sampling.SamplingParams, repeats: int) -> dic
     best = min(seconds, key=lambda attention: seconds[attention])
     return {
         "device": f"cpu, {torch.get_num_threads()} threads",
-        "seconds": round(seconds[best], 4),
-        "tokens_per_second": round(case.batch * case.new / seconds[best], 1),
         "attention": best,
-        "peak_rss_gib": peak_rss_gib(),
-    }
+    } | speed(case, seconds[best])
 
 
 class _Numbers:
@@ -344,12 +392,7 @@ def run_tunix(case: Case, drawing: sampling.SamplingParams, repeats: int) -> dic
         assert len(out.tokens) == case.batch
 
     seconds = fastest(call, repeats)
-    return {
-        "device": jax.devices()[0].device_kind,
-        "seconds": round(seconds, 4),
-        "tokens_per_second": round(case.batch * case.new / seconds, 1),
-        "peak_rss_gib": peak_rss_gib(),
-    }
+    return {"device": jax.devices()[0].device_kind} | speed(case, seconds)
 
 
 RUNS = {"opsdc": run_opsdc, "torch": run_torch, "tunix": run_tunix}

@@ -32,6 +32,14 @@ def test_a_step_reads_every_weight_once_and_what_was_kept_so_far():
     assert bench.step_bytes(MICRO) == 4 * (weights + kept)
 
 
+def test_the_spread_scenario_samples_the_same_both_ways():
+    """Random weights of a vocabulary of 40: one id of them ends a response."""
+    measured = bench.run_spread(MICRO._replace(new=6), repeats=1)
+    json.dumps(measured)
+    assert measured["prompts"] == 8 * MICRO.batch
+    assert 3 < measured["mean_length"] < 6  # 1/40 a token, cut at 6
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 def test_transformers_samples_as_many_tokens():
     measured = bench.run_torch(MICRO, DRAWING, repeats=1)
@@ -46,10 +54,11 @@ def test_transformers_samples_as_many_tokens():
         (["--against=tunix"], "tunix is not installed.*pip install google-tunix"),
         (["--new=1"], "--new 2"),
         (["--batch=-1"], "at least 1"),
+        (["--scenario=spread", "--against=torch"], "leave out --against"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(monkeypatch, arguments, match):
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name == "torch" or None)
     monkeypatch.setattr(bench, "RUNS", dict.fromkeys(bench.RUNS))
     with pytest.raises(InputError, match=match):
         bench.main(["bench_sampler.py", *arguments])
