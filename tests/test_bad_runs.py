@@ -108,6 +108,21 @@ WORKDIRS: list[Case] = [
     ("metrics without steps", metrics(b'{"loss": 1}\n'), "metrics.jsonl:1 lacks 'step'"),
     ("steps in words", metrics(b'{"step": "1"}\n'), "metrics.jsonl:1 holds 'step' of type str"),
     (
+        "metrics in words",
+        metrics(b'{"step": 1, "loss": "low"}\n'),
+        "metrics.jsonl:1 holds 'loss' of",
+    ),
+    (
+        "metrics of truths",
+        metrics(b'{"step": 1, "loss": true}\n'),
+        "metrics.jsonl:1 holds 'loss' of",
+    ),
+    (
+        "a doubled step",
+        metrics(b'{"step": 1}\n{"step": 2}\n{"step": 2}\n'),
+        "metrics.jsonl:3 is of step 2, after step 2: remove",
+    ),
+    (
         "a torn line in between",
         metrics(b'{"step": 1}\n{"st\n{"step": 3}\n'),
         "metrics.jsonl:2 does",
