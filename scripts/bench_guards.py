@@ -7,9 +7,9 @@ by a guard; `fires` and `step` are the guards that fire first, and where.
 
 - healthy: configs/tiny.py, once a seed. `closest`: how near each value came to its limits, as
   multiples of them: below 1 for `rise`, above 1 for `fall`, or the guard would have fired.
-- teacher.every=1, once a seed of `--wrong_seeds`: evaluated every 2 steps and let go on, so that `accuracy`, by step, shows what
-  would have come.
-- optim.lr=2e-2, the same seeds: a hundred times the demo's.
+- optim.lr=2e-2: a hundred times the demo's, once a seed of `--wrong_seeds`.
+- teacher.every=1, the same seeds: evaluated every 2 steps and let go on, so that `accuracy`, by
+  step, shows what would have come.
 - wrong end: a base whose files name another end-of-sequence token than its chat template writes.
 - noise: no run, but what batches show by chance alone. `false_alarms` is the share
   of 200 simulated runs of 100 steps, in which nothing changes, where a guard still fires.
