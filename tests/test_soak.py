@@ -1,6 +1,7 @@
 """scripts/soak.py in two minutes: a run killed a few times, and what the comparison sees."""
 
 import json
+import math
 import shutil
 import signal
 
@@ -33,7 +34,9 @@ def soaked(tmp_path_factory):
     out = tmp_path_factory.mktemp("soak") / "runs"
     sizes = ["--kills", str(KILLS), "--gap=3,9", "--seed=1", "--compare_every=10"]
     arguments = [f"--set={setting}" for setting in SMALL]
-    code = cli.run(soak.main, ["soak.py", *sizes, *arguments, "--out", str(out)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(soak, "LONGEST_END", math.inf)  # no timing in tests
+        code = cli.run(soak.main, ["soak.py", *sizes, *arguments, "--out", str(out)])
     *kills, verdict = read_json_lines(out / "soak.jsonl")
     assert code == cli.EXIT_DONE, verdict
     return out, kills, verdict
@@ -46,6 +49,7 @@ def test_a_run_killed_at_random_equals_one_that_was_not(soaked):
     assert verdict["passed"]
     assert verdict["differ"] == []
     assert verdict["differing_bits"] == 0
+    assert verdict["longest_end_s"] > 0
     continued = max(row["continued_from"] or 0 for row in kills)
     assert verdict["step"] == verdict["compared_rows"] > continued
     # The student once more as teacher, and as either moment of AdamW.
