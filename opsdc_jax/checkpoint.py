@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -28,6 +29,10 @@ from opsdc_jax.files import read_json, writing
 from opsdc_jax.models.qwen3 import Params
 
 _ITEMS = ("student", "teacher", "optimizer")
+# Seconds of a save in the background, after which Orbax gives up. All hosts write 14 bytes a
+# parameter between them (float32, AdamW's two moments, a bfloat16 teacher); then the first reads
+# all of it for the manifest: 0.5 TB of a 32B model at 100 MB/s take an hour and a half.
+_LONGEST_SAVE = 4 * 3600
 _UNFINISHED = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
 
 
@@ -64,7 +69,10 @@ class Checkpointer:
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=self._policy,
                     enable_async_checkpointing=True,
-                    async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+                    async_options=ocp.AsyncOptions(
+                        timeout_secs=_LONGEST_SAVE,
+                        post_finalization_callback=self._write_manifest,
+                    ),
                     lightweight_initialize=True,  # reads no metadata, which may be damaged
                 ),
             )
@@ -74,9 +82,15 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        with self._blocking():
-            self._manager.close()
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        try:
+            with self._blocking():
+                self._manager.close()
+        except Exception as closing:
+            if error is None:
+                raise
+            if str(closing) != str(error):  # which is under way, and says what came first
+                print(f"also: {closing}", file=sys.stderr)
 
     @property
     def best(self) -> int:
@@ -95,7 +109,8 @@ class Checkpointer:
         if self._manager.latest_step() == step:
             return
         items = {name: ocp.args.StandardSave(getattr(state, name)) for name in _ITEMS}
-        with self._blocking():
+        # A guard's stop saves where the loop allows no silent copies; Orbax makes them.
+        with self._blocking(), jax.transfer_guard("allow"):
             self._manager.wait_until_finished()  # the save before has a manifest of its own
             self._saving = {"step": step, "best": self.best, **self._about}
             self._manager.save(step, args=ocp.args.Composite(**items))
@@ -126,17 +141,6 @@ class Checkpointer:
             f"{self._saves} checkpoints kept the loop waiting for {waited:.2f} of {seconds:.1f} s "
             f"({100 * waited / seconds:.1f}%)"
         )
-
-    def last_good_step(self) -> int | None:
-        """The newest complete checkpoint, or None; waits for a save in progress.
-
-        Raises:
-          InputError: that save failed.
-        """
-        with self._blocking():
-            self._manager.wait_until_finished()
-        # From the disk: after a failed save Orbax has forgotten those that it meant to delete.
-        return max(_steps(self._folder), default=None)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Restores a checkpoint to the shapes, dtypes and shardings of `like`."""
@@ -180,7 +184,9 @@ class Checkpointer:
         except Exception as error:
             # Of the array writer, a full disk is an error that ends with the system's number.
             code = re.search(r"os_error_code='(\d+)'", str(error))
-            if not isinstance(error, OSError | InputError) and not code:
+            of_the_disk = isinstance(error, OSError | InputError) or code
+            # Of several processes one may be gone: their errors are of the system's kind too.
+            if not of_the_disk or isinstance(error, TimeoutError | ConnectionError):
                 raise
             reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None)
             raise InputError(
@@ -207,11 +213,6 @@ class _NewestAndBest:
         ]
 
 
-def _steps(folder: pathlib.Path) -> list[int]:
-    found = folder.iterdir() if folder.is_dir() else []
-    return [int(path.name) for path in found if path.name.isdigit()]
-
-
 def newest_good(folder: pathlib.Path) -> tuple[int, dict[int, str]]:
     """The newest step whose checkpoint is good, and what is wrong with later ones; only reads.
 
@@ -219,10 +220,10 @@ def newest_good(folder: pathlib.Path) -> tuple[int, dict[int, str]]:
       the step, 0 if there is none, and reasons by step.
 
     Raises:
-      InputError: a file may not be read.
+      InputError: a file cannot be read.
     """
     wrong: dict[int, str] = {}
-    for step in sorted(_steps(folder), reverse=True):
+    for step in sorted(manifest.steps(folder), reverse=True):
         reason = manifest.problem(folder / str(step))
         if reason is None:
             return step, wrong
@@ -237,7 +238,7 @@ def recover(folder: pathlib.Path) -> int:
     to be called while a `Checkpointer` of this folder is open.
 
     Raises:
-      InputError: checkpoints are there, but none is good; or one may not be read or removed.
+      InputError: checkpoints are there, but none is good; or one cannot be read or removed.
     """
     step, wrong = newest_good(folder)
     reasons = "; ".join(f"{later}: {reason}" for later, reason in wrong.items())

@@ -23,6 +23,7 @@ from opsdc_jax.config import InputError
 
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
+_SAME_REQUEST = 1.0  # seconds in which several signals are one request
 
 
 def initialize() -> None:
@@ -157,8 +158,9 @@ def first_does(work: Callable[[], int | None]) -> int:
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Inside, SIGTERM or SIGINT to any process is a request to stop instead of its end.
 
-    A second one ends the process that gets it, at once and with exit code 128 + its number, also
-    while Python waits for a compilation or a device.
+    A later one ends the process that gets it, at once and with exit code 128 + its number, also
+    while Python waits for a compilation or a device. Within a second it is the same request: a
+    launcher may signal a process and its group.
 
     Yields:
       a function that all processes must call together: whether one of them was asked to stop.
@@ -186,11 +188,13 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
 
 def _quit_at_the_second(arriving: int) -> None:
-    requests = 0
+    first = None
     while got := os.read(arriving, 1):
-        requests += got[0] in _STOPPING
-        if requests == 2:
-            os._exit(128 + got[0])
-        if got[0] in _STOPPING:
+        if got[0] not in _STOPPING:
+            continue
+        if first is None:
+            first = time.monotonic()
             name = signal.Signals(got[0]).name
             print(f"{name}: stopping soon; once more quits at once", file=sys.stderr, flush=True)
+        elif time.monotonic() - first > _SAME_REQUEST:
+            os._exit(128 + got[0])

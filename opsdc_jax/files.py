@@ -145,6 +145,8 @@ def _replace(path: pathlib.Path, texts: Iterable[str]) -> None:
         with writing(path):
             with temporary.open("w", encoding="utf-8") as file:
                 file.writelines(texts)
+                file.flush()
+                os.fsync(file.fileno())  # or a power failure leaves the new name without contents
             temporary.replace(path)
     except InputError:
         with contextlib.suppress(OSError):  # where there is no room, none is to be taken

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from opsdc_jax import manifest
 from opsdc_jax.distill import TrainState
 from opsdc_jax.results import BASE, SystemFiles, benchmark_folders
 
@@ -70,6 +71,8 @@ class Guard:
     ):
         self._settings = settings
         self._rows = list(rows)
+        self._before = alarms(self._rows[:-1], settings)
+        self._found = alarms(self._rows, settings)
         self._checkpoints = checkpoints
         self._save = save
 
@@ -89,8 +92,9 @@ class Guard:
         if row is None:
             return
         self._rows.append(row)
-        found = self._found()
-        if found and self._settings.action == STOP and _good(found) == row["step"]:
+        self._before, self._found = self._found, alarms(self._rows, self._settings)
+        stops = self._found and self._settings.action == STOP
+        if stops and _good(self._found) == row["step"]:
             self._save(state, row["step"])
         self.check()
 
@@ -100,20 +104,16 @@ class Guard:
         Raises:
           GuardError: there is trouble, and `guards.action` is "stop".
         """
-        found = self._found()
-        if found and self._settings.action == STOP:
-            raise GuardError(self._advice(found))
-        before = alarms(self._rows[:-1], self._settings)
-        for name in found.keys() - before.keys():
-            print(f"warning: step {self._rows[-1]['step']}: {found[name].message}", flush=True)
+        if self._found and self._settings.action == STOP:
+            raise GuardError(self._advice())
+        for name in self._found.keys() - self._before.keys():
+            message = self._found[name].message
+            print(f"warning: step {self._rows[-1]['step']}: {message}", flush=True)
 
-    def _found(self) -> dict[str, Alarm]:
-        return alarms(self._rows, self._settings)
-
-    def _advice(self, found: Mapping[str, Alarm]) -> str:
+    def _advice(self) -> str:
         """All alarms, the last good checkpoint, and what to do."""
         step = self._rows[-1]["step"]
-        good = _good(found)
+        good = _good(self._found)
         if good < step:  # else it was saved just now, maybe still in the background
             good = newest_until(good, self._checkpoints)
         kept = (
@@ -121,8 +121,9 @@ class Guard:
             if good
             else "no checkpoint from before is kept"
         )
+        seen = "; ".join(alarm.message for alarm in self._found.values())
         return (
-            f"step {step}: {'; '.join(alarm.message for alarm in found.values())}; {kept}; train "
+            f"step {step}: {seen}; {kept}; train "
             "anew, for instance with a smaller optim.lr or a larger teacher.every, or go on all "
             "the same with --config.guards.action=warn"
         )
@@ -225,8 +226,7 @@ def bands(key: str, values: Sequence[float], settings: ConfigDict) -> Band:
 
 def newest_until(step: int, checkpoints: pathlib.Path) -> int:
     """The newest checkpoint of a step up to `step`; 0 if there is none."""
-    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
-    return max((int(name) for name in names if name.isdigit() and int(name) <= step), default=0)
+    return max((found for found in manifest.steps(checkpoints) if found <= step), default=0)
 
 
 def risky_settings(settings: ConfigDict) -> list[str]:

@@ -169,7 +169,7 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     A value that was not finite is NaN.
 
     Raises:
-      InputError: another line is damaged, or the file cannot be read.
+      InputError: another line is damaged, comes twice or too late, or the file cannot be read.
     """
     if not path.exists():
         return []
@@ -178,7 +178,7 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
         whole, _, _ = path.read_bytes().rpartition(b"\n")  # what follows was torn by a crash
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
         try:
             row = json.loads(line)
@@ -187,6 +187,17 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number} does not hold a JSON object: remove this line")
         check_fields(f"{path}:{number}", row, {"step": int})
+        for name, value in row.items():
+            if type(value) not in (int, float, type(None)):  # a bool is no number here
+                raise InputError(
+                    f"{path}:{number} holds {name!r} of type {type(value).__name__}, not a number: "
+                    "remove this line"
+                )
+        if rows and row["step"] <= rows[-1]["step"]:
+            raise InputError(
+                f"{path}:{number} is of step {row['step']}, after step {rows[-1]['step']}: remove "
+                "the line that is wrong"
+            )
         rows.append({name: math.nan if value is None else value for name, value in row.items()})
     return rows
 

@@ -105,6 +105,8 @@ def worth_compiling_ahead() -> bool:
 def compiling_ahead(programs: Iterable[Callable[[], Any]]) -> Iterator[threading.Thread]:
     """Inside, a thread compiles one program after the other; leaving ends it after the one at hand.
 
+    Leaving waits for that one: an interpreter that ends while XLA compiles may crash.
+
     A program that does not compile is left out: the step that needs it raises the error.
 
     Yields:
@@ -113,11 +115,12 @@ def compiling_ahead(programs: Iterable[Callable[[], Any]]) -> Iterator[threading
     stopped = threading.Event()
 
     def work() -> None:
-        for program in programs:
-            if stopped.is_set():
-                return
-            with contextlib.suppress(Exception):
-                program()
+        with contextlib.suppress(Exception):  # making the programs compiles too
+            for program in programs:
+                if stopped.is_set():
+                    return
+                with contextlib.suppress(Exception):
+                    program()
 
     thread = threading.Thread(target=work, name="compiling ahead", daemon=True)
     thread.start()

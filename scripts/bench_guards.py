@@ -1,15 +1,15 @@
 """Guards on the demo: healthy seeds pass, and what collapses is stopped.
 
-    python scripts/bench_guards.py [--seeds 0,1,2,3,4,5,6,7,8,9] [--out DIR]
+    python scripts/bench_guards.py [--seeds 0,1,2,3,4,5,6,7,8,9] [--wrong_seeds 0,1,2] [--out DIR]
 
 Prints one JSON object a line. `exit_code` is that of scripts/train.py: 0 done, 2 refused, 4 stopped
 by a guard; `fires` and `step` are the guards that fire first, and where.
 
 - healthy: configs/tiny.py, once a seed. `closest`: how near each value came to its limits, as
   multiples of them: below 1 for `rise`, above 1 for `fall`, or the guard would have fired.
-- teacher.every=1: evaluated every 2 steps and let go on, so that `accuracy`, by step, shows what
-  would have come.
-- optim.lr=2e-2: a hundred times the demo's.
+- optim.lr=2e-2: a hundred times the demo's, once a seed of `--wrong_seeds`.
+- teacher.every=1, the same seeds: evaluated every 2 steps and let go on, so that `accuracy`, by
+  step, shows what would have come.
 - wrong end: a base whose files name another end-of-sequence token than its chat template writes.
 - noise: no run, but what batches show by chance alone. `false_alarms` is the share
   of 200 simulated runs of 100 steps, in which nothing changes, where a guard still fires.
@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 
 from opsdc_jax import cli, config, guards
 from opsdc_jax.benchmarks import TINY
+from opsdc_jax.config import InputError
 from opsdc_jax.files import read_json, write_json
 from opsdc_jax.guards import Row
 from opsdc_jax.metrics import read_metrics
@@ -44,28 +45,26 @@ def main(argv: Sequence[str]) -> int:
     values = flags.FlagValues()
     seeds = [str(seed) for seed in range(10)]
     flags.DEFINE_list("seeds", seeds, "seeds of the healthy runs", flag_values=values)
-    flags.DEFINE_string("out", "runs/bench_guards", "folder of the runs; emptied", values)
+    wrong = ["0", "1", "2"]
+    flags.DEFINE_list("wrong_seeds", wrong, "seeds of those that collapse", flag_values=values)
+    flags.DEFINE_string("out", "runs/bench_guards", "folder of the runs; must be new", values)
     args = cli.parse(values, argv)
     out, limits = pathlib.Path(args.out), config.default_config().guards
-    shutil.rmtree(out, ignore_errors=True)
+    if out.exists():
+        raise InputError(f"--out={out} exists already: choose another folder or remove it")
     for seed in args.seeds:
         found = run(out / f"seed-{seed}", NO_EVALUATION, f"--config.seed={seed}")
         rows = read_metrics(out / f"seed-{seed}" / "metrics.jsonl")
         case = {"case": "healthy", "seed": int(seed)}
         print(json.dumps(case | found | {"closest": closest(rows, limits)}), flush=True)
 
-    folder = out / "every-1"
-    evaluation = ["--config.eval.every=2", "--config.eval.samples_per_level=256"]
-    short = ["--config.train.steps=24", "--config.guards.action=warn"]
-    found = run(folder, "--config.teacher.every=1", *evaluation, *short)
-    curve = read_json(folder / "eval" / "summary.json")["benchmarks"][TINY]["curve"]
-    accuracy = {
-        point["step"]: round(point["statistics"]["scores"][HEADLINE]["value"], 3) for point in curve
-    }
-    print(json.dumps({"case": "teacher.every=1"} | found | {"accuracy": accuracy}), flush=True)
-
-    found = run(out / "lr", NO_EVALUATION, "--config.optim.lr=2e-2")
-    print(json.dumps({"case": "optim.lr=2e-2"} | found), flush=True)
+    for seed in args.wrong_seeds:
+        case = {"case": "optim.lr=2e-2", "seed": int(seed)}
+        options = [NO_EVALUATION, "--config.optim.lr=2e-2", f"--config.seed={seed}"]
+        print(json.dumps(case | run(out / f"lr-{seed}", *options)), flush=True)
+    for seed in args.wrong_seeds:
+        case = {"case": "teacher.every=1", "seed": int(seed)}
+        print(json.dumps(case | every_step(out / f"every-1-{seed}", seed)), flush=True)
 
     base = wrong_end(out / "base")
     found = run(out / "wrong-end", NO_EVALUATION, f"--config.model.path={base}")
@@ -86,6 +85,18 @@ def run(workdir: pathlib.Path, *options: str) -> dict[str, Any]:
     code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
     rows = read_metrics(workdir / "metrics.jsonl")
     return {"exit_code": code} | first_alarm(rows, config.default_config().guards)
+
+
+def every_step(folder: pathlib.Path, seed: str) -> dict[str, Any]:
+    """A run whose teacher is refreshed after every step, let go on, with its accuracy by step."""
+    evaluation = ["--config.eval.every=2", "--config.eval.samples_per_level=256"]
+    short = ["--config.train.steps=24", "--config.guards.action=warn"]
+    found = run(folder, "--config.teacher.every=1", f"--config.seed={seed}", *evaluation, *short)
+    curve = read_json(folder / "eval" / "summary.json")["benchmarks"][TINY]["curve"]
+    accuracy = {
+        point["step"]: round(point["statistics"]["scores"][HEADLINE]["value"], 3) for point in curve
+    }
+    return found | {"accuracy": accuracy}
 
 
 def first_alarm(rows: Sequence[Row], limits: ConfigDict) -> dict[str, Any]:

@@ -156,8 +156,10 @@ def open_model(settings: ConfigDict, path: str) -> Model:
         hf.load_tokenizer(folder),
     )
     hf.check_vocabulary(tokenizer, model)
+    prompts = Prompts(tokenizer, **settings.prompts)
+    prompts.check_stop_ids(hf.stop_token_ids(folder, tokenizer))
     digest = fingerprint(folder / file for file in weights.check_files(folder, model))
-    return Model(path, folder, digest, model, tokenizer, Prompts(tokenizer, **settings.prompts))
+    return Model(path, folder, digest, model, tokenizer, prompts)
 
 
 def open_problems(settings: ConfigDict, prompts: Prompts) -> list[Benchmark]:

@@ -8,7 +8,9 @@ Exit codes: 0 done; 1 an unexpected error (with a traceback); 2 bad input.
 """
 
 import contextlib
+import os
 import pathlib
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,6 +21,7 @@ from absl import flags
 from opsdc_jax import cli
 from opsdc_jax.checkpoint import Checkpointer, newest_good
 from opsdc_jax.config import DTYPES, InputError
+from opsdc_jax.files import writing
 from opsdc_jax.models import hf, qwen3
 from opsdc_jax.workdir import read_config
 
@@ -45,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     base = hf.resolve_folder(settings.model.path)
     model, tokenizer = hf.load_config(base), hf.load_tokenizer(base)
     # On the host: a model that trained on many devices need not fit into one of them.
-    device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    device = jax.sharding.SingleDeviceSharding(cpu())
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         qwen3.abstract_params(model),
@@ -74,6 +77,21 @@ def main(argv: Sequence[str]) -> int:
     return cli.EXIT_DONE
 
 
+def cpu() -> jax.Device:
+    """The host, as a device.
+
+    Raises:
+      InputError: JAX_PLATFORMS leaves it out.
+    """
+    try:
+        return jax.devices("cpu")[0]
+    except RuntimeError:
+        raise InputError(
+            "JAX has no CPU here, where the weights are read to: add cpu to JAX_PLATFORMS, as in "
+            "JAX_PLATFORMS=cuda,cpu"
+        ) from None
+
+
 @contextlib.contextmanager
 def whole_or_not_at_all(out: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder to fill, which becomes `out` in the end: what is called `out` is a whole model.
@@ -81,18 +99,20 @@ def whole_or_not_at_all(out: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
       InputError: the place cannot be written.
     """
-    try:
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent)
-    except OSError as error:
-        raise InputError(
-            f"--out={out} cannot be written ({error.strerror}): choose another"
-        ) from None
-    with scratch:
-        folder = pathlib.Path(scratch.name) / "model"
-        folder.mkdir()
-        yield folder
-        folder.replace(out)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+            folder = pathlib.Path(scratch) / "model"
+            folder.mkdir()
+            try:
+                yield folder
+            except Exception as error:
+                # safetensors and tokenizers wrap the system's errors into ones of their own.
+                found = re.search(r"\(os error (\d+)\)", str(error))
+                if not found:
+                    raise
+                raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+            folder.replace(out)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
         student_thinking=not args["no-thinking"].value,
         teacher_thinking=not args["no-thinking"].value,
     )
+    stop_ids = hf.stop_token_ids(folder, tokenizer)
+    prompts.check_stop_ids(stop_ids)
     refused = prompts.rejection(args.prompt, config.max_position_embeddings - 1)
     if refused:
         raise InputError(f"--prompt cannot be used: {refused}")
@@ -69,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         prompt_buckets=(longest,),
         response_width=args.max_tokens or min(MAX_TOKENS, room),
         vocab_size=len(tokenizer),
-        stop_ids=hf.stop_token_ids(folder, tokenizer),
+        stop_ids=stop_ids,
         pad_id=tokenizer.pad_token_id,
     )
     cli.use_compilation_cache()

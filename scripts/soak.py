@@ -7,7 +7,8 @@ the processors. One is ended by SIGKILL or SIGTERM at random, `--gap` seconds af
 started again, until the kills are spent. Then it goes on to the next step that is a multiple of
 `--compare_every`, where both have a checkpoint. Up to there everything must be equal: student,
 teacher and optimizer, all rows of metrics.jsonl but their timings, samples/ and eval/. The
-undisturbed run's memory must not grow by more than 5% after its first third.
+undisturbed run's memory must not grow by more than 5% after its first third, and no SIGTERM take
+over 30 s to end a run.
 
 Prints one JSON object a line, also to soak.jsonl in --out: one for each kill (`step`: the last in
 metrics.jsonl; `continued_from`: the checkpoint it had started from), and the verdict. What the runs
@@ -52,16 +53,13 @@ SETTINGS = (
     "guards.action=warn",
     "checkpoint.every_steps=5",
 )
+LONGEST_END = 30.0  # seconds from SIGTERM to the end: a step, or a batch, and a checkpoint
 MOST_GROWTH = 0.05  # of the undisturbed run's resident memory
 POLL = 0.2  # seconds between two looks at a run
+LAST_ROWS = 8192  # bytes at the end of metrics.jsonl that hold a whole row at least
 RSS_EVERY = 10.0  # seconds between two readings of its memory
 RSS_LEAST = 60  # readings below which nothing is said of growth
 PATIENCE = 600.0  # seconds without a new step, or without obeying, after which a run is stuck
-# A process may get SIGTERM before Python runs its first line.
-RIGHT_ENDS = {
-    signal.SIGKILL: (-signal.SIGKILL,),
-    signal.SIGTERM: (cli.EXIT_STOPPED, -signal.SIGTERM),
-}
 
 
 class SoakError(Exception):
@@ -75,6 +73,7 @@ class Run:
     Attributes:
       processors: numbers of those it may use: as many for both runs, since the number of threads
         decides how sums are split.
+      longest_end: seconds, the longest that it took to end on SIGTERM.
     """
 
     folder: pathlib.Path
@@ -84,6 +83,7 @@ class Run:
     log_start: int = 0
     started: float = 0.0
     first_step: int = 0
+    longest_end: float = 0.0
 
     @property
     def log(self) -> pathlib.Path:
@@ -105,9 +105,14 @@ class Run:
                 os.sched_setaffinity(0, ours)
 
     def step(self) -> int:
-        """The last step in metrics.jsonl, 0 without one."""
-        rows = read_metrics(self.folder / "metrics.jsonl")
-        return rows[-1]["step"] if rows else 0
+        """The last step in metrics.jsonl, 0 without one; it reads the end of the file only."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return 0
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - LAST_ROWS, 0))
+            _, *whole, _ = (b"\n" + file.read()).split(b"\n")
+        return json.loads(whole[-1])["step"] if whole else 0
 
     def printed(self) -> str:
         """What the newest process printed so far."""
@@ -125,11 +130,15 @@ class Run:
     def end(self, number: signal.Signals) -> int:
         """Sends a signal, waits for the process's end, and returns its exit code."""
         assert self.process is not None
+        began = time.monotonic()
         self.process.send_signal(number)
         try:
-            return self.process.wait(PATIENCE)
+            code = self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             raise SoakError(f"{self.folder.name} did not end on {number.name}") from None
+        if number is signal.SIGTERM:
+            self.longest_end = max(self.longest_end, round(time.monotonic() - began, 1))
+        return code
 
     def rss(self) -> int:
         """Resident memory in KiB."""
@@ -204,11 +213,8 @@ def main(argv: Sequence[str]) -> int:
         whole = sorted(os.sched_getaffinity(0))
         half = max(1, len(whole) // 2)
         often = f"checkpoint.every_steps={args.compare_every}"
-        calm = Run(
-            out / "undisturbed",
-            set(whole[:half]),
-            [*args.set, often, "checkpoint.keep=100000"],
-        )
+        kept = [*args.set, often, "checkpoint.keep=100000"]
+        calm = Run(out / "undisturbed", set(whole[:half]), kept)
         killed = Run(out / "killed", set(whole[-half:]), args.set)
         memory = Memory(calm)
         began = time.monotonic()
@@ -220,8 +226,10 @@ def main(argv: Sequence[str]) -> int:
             step = finish(calm, killed, memory, args.compare_every)
             verdict |= {"step": step} | differences(calm.folder, killed.folder, step)
             verdict |= memory.verdict()
-            verdict["passed"] = not verdict["differ"] and grew_little(verdict["rss_growth"])
-        except SoakError as error:
+            longest = verdict["longest_end_s"] = max(calm.longest_end, killed.longest_end)
+            passes = grew_little(verdict["rss_growth"]) and longest <= LONGEST_END
+            verdict["passed"] = passes and not verdict["differ"]
+        except (SoakError, InputError) as error:
             verdict |= {"passed": False, "error": str(error)}
         finally:
             for run in (calm, killed):
@@ -266,9 +274,19 @@ def kill(
             "ended_in_s": round(time.monotonic() - run.started - after, 1),
             "continued_from": int(found[1]) if found else None,
         }
-        if code not in RIGHT_ENDS[asked]:
+        if code not in right_ends(asked, run.printed()):
             raise SoakError(f"{asked.name} gave exit code {code}: {run.printed()[-2000:]}")
         got_on = step > run.first_step
+
+
+def right_ends(asked: signal.Signals, printed: str) -> tuple[int, ...]:
+    """Exit codes that are right after a signal.
+
+    SIGTERM itself may end a process that still loads its libraries, and has printed nothing.
+    """
+    if asked is signal.SIGKILL:
+        return (-signal.SIGKILL,)
+    return (cli.EXIT_STOPPED,) if printed else (cli.EXIT_STOPPED, -signal.SIGTERM)
 
 
 def finish(calm: Run, killed: Run, memory: Memory, every: int) -> int:

@@ -5,7 +5,8 @@ and units are in opsdc_jax/config.py. A workdir with an unfinished run of the sa
 continued; with a finished one its table is printed.
 
 Several hosts run the same command each, see docs/launch.md. SIGTERM or SIGINT (Ctrl-C) to any of
-them stops the run after its step, with a checkpoint; a second one ends that process at once.
+them stops the run after its step, with a checkpoint; another one, over a second later, ends that
+process at once.
 
 Exit codes: 0 done; 1 an unexpected error (with a traceback); 2 bad input, or a full or protected
 disk (one sentence says what to change); 3 stopped when asked to, the same command continues;
@@ -76,6 +77,8 @@ def main(argv: Sequence[str]) -> int:
         with distributed.stop_requests() as stop_asked:
             parts = prepare(args.config)
             cli.use_compilation_cache()
+            # Bad input that only another process sees leaves nothing behind either.
+            distributed.wait_for_all("all inputs are good")
             distributed.first_does(workdir.create)
             describe(args.config, parts, workdir.path)
             warn(guards.risky_settings(args.config))

@@ -32,14 +32,14 @@ REFUSED = {
     "no home": (
         {"HOME": "/proc/home", "JAX_COMPILATION_CACHE_DIR": ""},
         ["--workdir", "/proc/run"],
-        "error: workdir /proc/run cannot be written (",
+        "error: /proc/run cannot be written (",
     ),
     "a terminal without the letter": (
         {"PYTHONIOENCODING": "ascii"},
         ["--config.data.source={path}/é.jsonl", "--config.sampler.max_response_tokens=99999"],
         "error: sampler.max_prompt_tokens + sampler.max_response_tokens",
     ),
-    "a full disk": ({}, [], "error: workdir {path}/run cannot be written (File too large)"),
+    "a full disk": ({}, [], "error: {path}/run cannot be written (File too large)"),
 }
 
 

@@ -125,6 +125,18 @@ def vocabulary(change):
     return spoiled
 
 
+def ended_otherwise(name, *arguments):
+    """A script on a model that ends responses with another token than its chat template does."""
+
+    def spoiled(sandbox):
+        folder = sandbox.folder(
+            tokenizer_config={"eos_token": "<|endoftext|>"}, generation_config={"eos_token_id": 0}
+        )
+        return [name, f"--model={folder}", *arguments]
+
+    return spoiled
+
+
 def template(text):
     return replaced("chat_template.jinja", text)
 
@@ -266,6 +278,16 @@ TOKENIZERS: list[Case] = [
         "another end",
         lambda s: s.model(generation_config={"eos_token_id": 7}),
         "ends responses at .7., the tokenizer at 2",
+    ),
+    (
+        "a sample of another end than the template's",
+        ended_otherwise("sample", "--prompt=start 1", "--template=tiny"),
+        "ends an answer with 2 .*, which is not among the ids",
+    ),
+    (
+        "an evaluation of another end than the template's",
+        ended_otherwise("evaluate", "--out=unused", "--benchmark=tiny", "--template=tiny"),
+        "ends an answer with 2 .*, which is not among the ids",
     ),
     (
         "damaged generation settings",

@@ -92,10 +92,10 @@ def finished(summary):
 
 
 WORKDIRS: list[Case] = [
-    ("a file", a_file, "file cannot be written .File exists.: choose another"),
-    ("below a file", below_a_file, "file/run cannot be written .Not a directory.: choose another"),
+    ("a file", a_file, "file cannot be written .File exists.: make room"),
+    ("below a file", below_a_file, "file/run cannot be written .Not a directory.: make room"),
     ("where nobody may write", at("/proc/run"), "/proc/run cannot be written .* choose another"),
-    ("a name too long", at("x" * 300), "cannot be written .File name too long.: choose another"),
+    ("a name too long", at("x" * 300), "cannot be written .File name too long.: make room"),
     ("something else", occupied("thesis.txt", "mine"), "run is not empty and holds no run: choose"),
     ("another configuration", other, r"of another configuration .optim.lr: 1.0 -> 0.0002"),
     ("an empty config", occupied("config.json", ""), "config.json cannot be read"),
@@ -107,6 +107,21 @@ WORKDIRS: list[Case] = [
     ("metrics of numbers", metrics(b"1\n"), "metrics.jsonl:1 does not hold a JSON object"),
     ("metrics without steps", metrics(b'{"loss": 1}\n'), "metrics.jsonl:1 lacks 'step'"),
     ("steps in words", metrics(b'{"step": "1"}\n'), "metrics.jsonl:1 holds 'step' of type str"),
+    (
+        "metrics in words",
+        metrics(b'{"step": 1, "loss": "low"}\n'),
+        "metrics.jsonl:1 holds 'loss' of",
+    ),
+    (
+        "metrics of truths",
+        metrics(b'{"step": 1, "loss": true}\n'),
+        "metrics.jsonl:1 holds 'loss' of",
+    ),
+    (
+        "a doubled step",
+        metrics(b'{"step": 1}\n{"step": 2}\n{"step": 2}\n'),
+        "metrics.jsonl:3 is of step 2, after step 2: remove",
+    ),
     (
         "a torn line in between",
         metrics(b'{"step": 1}\n{"st\n{"step": 3}\n'),

@@ -12,10 +12,12 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from helpers import SMALL, full_disk, random_params
 
-from opsdc_jax import distill, manifest
+from opsdc_jax import distill, manifest, sharding
 from opsdc_jax.checkpoint import Checkpointer, newest_good, recover
 from opsdc_jax.config import InputError
 from opsdc_jax.distill import TrainState
@@ -43,10 +45,10 @@ def same(left, right):
 
 def test_save_and_restore(tmp_path, state):
     with Checkpointer(tmp_path / "checkpoints", keep=2) as checkpoints:
-        assert checkpoints.last_good_step() is None
+        assert newest_good(tmp_path / "checkpoints") == (0, {})
         checkpoints.save(state, 3)
+    assert newest_good(tmp_path / "checkpoints") == (3, {})
     with Checkpointer(tmp_path / "checkpoints", keep=2) as checkpoints:
-        assert checkpoints.last_good_step() == 3
         blank = jax.tree.map(jnp.zeros_like, state)
         assert same(checkpoints.restore(3, like=blank), state)
 
@@ -105,7 +107,7 @@ def test_a_save_is_overdue_after_so_many_minutes(tmp_path, state, monkeypatch):
 def test_a_manifest_says_what_the_checkpoint_is(tmp_path, state):
     with Checkpointer(tmp_path, keep=1, about={"seed": 7}) as checkpoints:
         checkpoints.save(state, 3)
-        assert checkpoints.last_good_step() == 3
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
         assert checkpoints.made_elsewhere(3) == ""
         stored = json.loads((tmp_path / "3" / "manifest.json").read_text())
         assert (stored["step"], stored["best"], stored["seed"]) == (3, 0, 7)
@@ -170,6 +172,29 @@ def test_a_checkpoint_without_its_manifest_is_not_good(saved, content):
     assert newest_good(folder)[0] == 10
 
 
+@pytest.mark.parametrize(
+    "change", [{"step": 10}, {"files": {}}, {"made_by": None}, {"files": {"\0": {}}}]
+)
+def test_a_manifest_that_says_too_little_or_of_another_step_is_not_good(saved, change):
+    folder, _ = saved
+    path = folder / "20" / manifest.NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert newest_good(folder) == (10, {20: "manifest.json is damaged"})
+
+
+@pytest.mark.parametrize("reader", ["check_regular", "_digest"])
+def test_a_disk_that_fails_for_a_while_costs_no_checkpoint(saved, monkeypatch, reader):
+    folder, _ = saved
+
+    def fails(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(manifest, reader, fails)
+    with pytest.raises(InputError, match=r"20/.* cannot be read \(Input/output error\): try again"):
+        recover(folder)
+    assert steps(folder) == [10, 20]
+
+
 def test_what_a_killed_save_left_is_removed(saved):
     folder, _ = saved
     (folder / "20").rename(folder / "20.orbax-checkpoint-tmp")
@@ -215,9 +240,43 @@ def test_a_full_disk_costs_no_checkpoint_that_was_there(saved, state, monkeypatc
         message = r"of step 30 cannot be written to .* \((File too|No sp)"
         with pytest.raises(InputError, match=message):
             until_it_raises(checkpoints.check)
-        assert checkpoints.last_good_step() == 20
     assert steps(folder) == [10, 20]
     assert newest_good(folder) == (20, {})
+
+
+@pytest.mark.parametrize("error", [TimeoutError, ConnectionResetError])
+def test_a_process_that_is_gone_is_not_told_as_a_full_disk(tmp_path, state, monkeypatch, error):
+    def fails(*_, **__):
+        raise error("nobody there")
+
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", fails)
+        with pytest.raises(error, match="nobody there"):
+            checkpoints.save(state, 1)
+
+
+def test_an_error_while_closing_replaces_none_that_is_under_way(tmp_path, monkeypatch, capsys):
+    def fails(self, close=ocp.CheckpointManager.close):
+        close(self)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "close", fails)
+    with pytest.raises(KeyError, match="first"), Checkpointer(tmp_path, keep=1):
+        raise KeyError("first")
+    assert "(No space left on device): make room" in capsys.readouterr().err
+    with pytest.raises(InputError, match="No space left"), Checkpointer(tmp_path, keep=1):
+        pass
+
+
+def test_a_save_may_copy_where_the_loop_may_not(tmp_path, state, monkeypatch):
+    def copies(*_, **__):
+        return jnp.ones(3) + np.ones(3, np.float32)
+
+    with Checkpointer(tmp_path, keep=1) as checkpoints, sharding.explicit_transfers():
+        with pytest.raises(RuntimeError, match="Disallowed"):
+            copies()
+        monkeypatch.setattr(checkpoints._manager, "save", copies)
+        checkpoints.save(state, 1)
 
 
 def until_it_raises(check):

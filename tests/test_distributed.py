@@ -88,7 +88,7 @@ def test_a_signal_is_a_request_inside_and_what_it_was_outside(number, capfd):
     assert f"{number.name}: stopping soon; once more quits at once" in capfd.readouterr().err
 
 
-def test_the_second_signal_ends_the_process_even_where_python_waits():
+def test_a_later_signal_ends_the_process_even_where_python_waits():
     waits = """if True:
         import hashlib
         from opsdc_jax import distributed
@@ -102,5 +102,8 @@ def test_the_second_signal_ends_the_process_even_where_python_waits():
     assert process.stdout.readline() == "inside\n"
     process.send_signal(signal.SIGTERM)
     assert "once more" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)  # at once: the same request
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1.1)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 128 + signal.SIGINT

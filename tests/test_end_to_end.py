@@ -7,7 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, load_script
+from helpers import ROOT, full_disk, load_script
 from ml_collections import ConfigDict
 
 from opsdc_jax import cli
@@ -38,9 +38,6 @@ SMALL = [
     "--config.log.samples=2",
     "--config.log.tensorboard=True",
 ]
-
-
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 
 
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
@@ -412,10 +409,32 @@ def test_an_export_that_fails_leaves_nothing(finished, tmp_path, monkeypatch, ca
     def no_space(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    def assert_refused(reason):
+        assert cli.run(export.main, [*arguments, str(tmp_path / "student")]) == cli.EXIT_BAD_INPUT
+        error = capsys.readouterr().err
+        assert f"student cannot be written ({reason}): make room" in error
+        assert error.count("\n") == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    with full_disk(2000):  # the weights do not fit
+        assert_refused("File too large")
+    # The tokenizer's library says it in its own words.
+    monkeypatch.setattr(weights.safetensors.numpy, "save_file", lambda *_, **__: None)
+    with full_disk(2000):
+        assert_refused("File too large")
     monkeypatch.setattr(weights.safetensors.numpy, "save_file", no_space)
-    with pytest.raises(OSError, match="No space left"):
-        cli.run(export.main, [*arguments, str(tmp_path / "student")])
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert_refused("No space left on device")
+
+
+def test_an_export_needs_the_host_as_a_device(finished, tmp_path, monkeypatch, capsys):
+    def no_cpu(*_):
+        raise RuntimeError("Unknown backend cpu")
+
+    export = load_script("export")
+    monkeypatch.setattr(export.jax, "devices", no_cpu)
+    arguments = ["--checkpoint", str(finished), "--out", str(tmp_path / "student")]
+    assert cli.run(export.main, ["export.py", *arguments]) == cli.EXIT_BAD_INPUT
+    assert "add cpu to JAX_PLATFORMS" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,20 @@ def test_a_worker_that_dies_counts_as_given_up(monkeypatch):
     assert not grade.scores["committed"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_that_is_asked_to_stop_grades_on(monkeypatch, number):
+    class Signalled(pool._Worker):
+        def give(self, job):
+            os.kill(self._process.pid, number)
+            super().give(job)
+
+    monkeypatch.setattr(pool, "_Worker", Signalled)
+    (grade,) = grading.grade_many([("Answer: 2\\sqrt2", "\\sqrt8", False)])
+    assert grade.scores["committed"]
+    assert not grade.timed_out
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGINT}
+
+
 def test_a_worker_that_cannot_start_is_an_error(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="could not be started"):

@@ -288,6 +288,16 @@ class Fake:
         return Verdict(int(peak * GIB), 1000, 0, parts, cost)
 
 
+def test_a_verdict_is_kept_and_a_damaged_file_of_one_is_none(tmp_path):
+    path = tmp_path / "plans" / "one.json"
+    assert verdicts._kept(path) is None
+    verdicts._keep(path, Verdict(7, parts={"text": 1}))
+    assert verdicts._kept(path) == Verdict(7, parts={"text": 1})
+    for content in ("{", '{"peak": 7, "speed": 1}', '{"arguments": 7}', "[]"):
+        path.write_text(content)
+        assert verdicts._kept(path) is None
+
+
 def test_a_phase_is_judged_beside_what_stays_resident(monkeypatch):
     settings = settings_for("Qwen/Qwen3-0.6B")
     resident = 14 * 596_049_920 / GIB  # 4 + 2 + 8 bytes a parameter

@@ -1,7 +1,9 @@
-"""scripts/soak.py in two minutes: a run killed five times, and what the comparison sees."""
+"""scripts/soak.py in two minutes: a run killed a few times, and what the comparison sees."""
 
 import json
+import math
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from helpers import load_script
 
 from opsdc_jax import cli
+from opsdc_jax.config import InputError
 from opsdc_jax.files import read_json_lines
 from opsdc_jax.metrics import read_metrics
 
@@ -31,7 +34,9 @@ def soaked(tmp_path_factory):
     out = tmp_path_factory.mktemp("soak") / "runs"
     sizes = ["--kills", str(KILLS), "--gap=3,9", "--seed=1", "--compare_every=10"]
     arguments = [f"--set={setting}" for setting in SMALL]
-    code = cli.run(soak.main, ["soak.py", *sizes, *arguments, "--out", str(out)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(soak, "LONGEST_END", math.inf)  # no timing in tests
+        code = cli.run(soak.main, ["soak.py", *sizes, *arguments, "--out", str(out)])
     *kills, verdict = read_json_lines(out / "soak.jsonl")
     assert code == cli.EXIT_DONE, verdict
     return out, kills, verdict
@@ -44,6 +49,7 @@ def test_a_run_killed_at_random_equals_one_that_was_not(soaked):
     assert verdict["passed"]
     assert verdict["differ"] == []
     assert verdict["differing_bits"] == 0
+    assert verdict["longest_end_s"] > 0
     continued = max(row["continued_from"] or 0 for row in kills)
     assert verdict["step"] == verdict["compared_rows"] > continued
     # The student once more as teacher, and as either moment of AdamW.
@@ -82,7 +88,8 @@ def test_a_row_that_differs_misses_or_comes_twice_is_found(altered):
     write([row for row in rows if row["step"] != 3])
     assert "misses or doubles steps: [1, 2, 4" in differ()[0]
     write([*rows[:3], *rows[2:]])
-    assert "misses or doubles steps: [1, 2, 3, 3" in differ()[0]
+    with pytest.raises(InputError, match=r"metrics.jsonl:4 is of step 3, after step 3"):
+        differ()
 
 
 def test_a_file_that_differs_or_is_too_much_is_found(altered):
@@ -117,6 +124,23 @@ def test_bad_input_is_refused(tmp_path, capsys):
     assert cli.run(soak.main, arguments) == cli.EXIT_BAD_INPUT
     assert "--gap 15,45" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_the_last_step_is_read_from_the_end_of_the_file(tmp_path):
+    run = soak.Run(tmp_path / "run", set(), ())
+    assert run.step() == 0
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text('{"step": 1')
+    assert run.step() == 0
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 2000)) + '{"step": 20')
+    assert run.step() == 1999
+
+
+def test_sigterm_itself_is_a_right_end_only_before_anything_is_printed():
+    assert soak.right_ends(signal.SIGTERM, "") == (cli.EXIT_STOPPED, -signal.SIGTERM)
+    assert soak.right_ends(signal.SIGTERM, "step 1") == (cli.EXIT_STOPPED,)
+    assert soak.right_ends(signal.SIGKILL, "step 1") == (-signal.SIGKILL,)
 
 
 def test_growth_is_judged_after_the_first_third():

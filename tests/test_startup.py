@@ -78,6 +78,19 @@ def test_leaving_ends_the_thread_after_the_program_at_hand():
     assert 2 <= len(compiled) < 10_000
 
 
+def test_programs_that_cannot_be_made_are_left_to_the_steps(monkeypatch):
+    raised = []
+    monkeypatch.setattr("threading.excepthook", raised.append)
+
+    def programs():
+        yield lambda: None
+        raise ValueError("no memory for the zeros")
+
+    with startup.compiling_ahead(programs()) as thread:
+        thread.join()
+    assert raised == []
+
+
 def test_a_start_counts_from_the_launch():
     took = startup.since_launch()
     assert took is None or took > 0

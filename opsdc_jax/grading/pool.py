@@ -10,11 +10,12 @@ import math
 import os
 import pathlib
 import selectors
+import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from opsdc_jax.grading.equivalence import Undecided, equivalent
@@ -137,6 +138,20 @@ def _wait(workers: list["_Worker"]) -> None:
         selector.select(max(0.0, first - time.monotonic()))
 
 
+@contextlib.contextmanager
+def _stopping_blocked() -> Iterator[None]:
+    """A process that is started inside never gets the signals that ask a run to stop.
+
+    Who stops a run may signal all of its processes; a worker that died of it would turn its answer
+    wrong. It ends with its input, or is killed.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Worker:
     """A grading process and the job it has.
 
@@ -149,13 +164,14 @@ class _Worker:
     def __init__(self, seconds: float) -> None:
         package_root = str(pathlib.Path(__file__).parents[2])
         paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "opsdc_jax.grading.worker", str(seconds), str(MEMORY)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            process_group=0,  # Ctrl-C in a terminal asks the run to stop, and must kill no grading
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"},
-        )
+        with _stopping_blocked():
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "opsdc_jax.grading.worker", str(seconds), str(MEMORY)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                process_group=0,  # Ctrl-C in a terminal is for the run alone
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"},
+            )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._input = self._process.stdin

@@ -96,7 +96,8 @@ def verdicts(
             "needed)"
         )
     keys = {name: _cache_file(name, spec, topology) for name in names}
-    done = {name: Verdict(**read_json(path)) for name, path in keys.items() if path.exists()}
+    kept = {name: _kept(path) for name, path in keys.items()}
+    done = {name: verdict for name, verdict in kept.items() if verdict}
     waiting = [name for name in names if name not in done]
     running: dict[str, _Running] = {}
     try:
@@ -116,6 +117,13 @@ def verdicts(
         for left in running.values():
             _stop(left)
     return {name: done[name] for name in names}
+
+
+def _kept(path: pathlib.Path) -> Verdict | None:
+    """What `_keep` wrote; None where there is nothing, or nothing that can be read."""
+    with contextlib.suppress(InputError, TypeError):  # TypeError: of other keys
+        return Verdict(**read_json(path))
+    return None
 
 
 def _keep(path: pathlib.Path, verdict: Verdict) -> None:
