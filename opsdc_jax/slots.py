@@ -43,11 +43,11 @@ class Rules(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The parameters in compute dtype and decoding's layout.
+    """What a token reads: the parameters in compute dtype and decoding's layout.
 
     Attributes:
-      params: as they are, for prefill.
-      layers: `decode.unstack_layers` of them, for decoding.
+      params: those outside of the layers.
+      layers: `decode.unstack_layers`.
     """
 
     params: Params
@@ -98,7 +98,7 @@ class Refill(NamedTuple):
       fresh_B: whether a slot is among them.
       sources_B: of these, the row of the prompt in `Prefilled`.
       prompts_B: its tokens.
-      keys_Bx2: `jax.random.key_data` of the response's key.
+      keys_BxU: `jax.random.key_data` of the response's key, U words.
     """
 
     starts: Array
@@ -106,7 +106,7 @@ class Refill(NamedTuple):
     fresh_B: Array
     sources_B: Array
     prompts_B: Array
-    keys_Bx2: Array
+    keys_BxU: Array
 
 
 class View(NamedTuple):
@@ -164,7 +164,7 @@ def fresh(caches: list[KVCache], column: int, rows: int, width: int) -> Slots:
         stopped_B=jnp.zeros((rows,), bool),
         prompts_B=jnp.ones((rows,), jnp.int32),
         lengths_B=jnp.zeros((rows,), jnp.int32),
-        keys_B=jax.random.wrap_key_data(jnp.zeros((rows, 2), jnp.uint32)),
+        keys_B=jnp.broadcast_to(jax.random.key(0), (rows,)),
         tokens_BxW=jnp.zeros((rows, width), jnp.int32),
         logprobs_BxW=jnp.zeros((rows, width), jnp.float32),
         caches=caches,
@@ -262,11 +262,32 @@ def decode_until_done(
     return jax.lax.while_loop(unfinished, body, slots)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def prepare(params: Params, config: Qwen3Config, mesh: Mesh) -> Weights:
-    """The weights of a call, made once."""
-    params = for_decoding(params, config, mesh)
-    return Weights(params, decode.unstack_layers(params, config))
+def prepare(params: Params, config: Qwen3Config, mesh: Mesh) -> tuple[Params, Weights]:
+    """The weights of a call, made once: for prefill, and for decoding.
+
+    For prefill they are the given arrays, if these have the dtype and the layout.
+    """
+    ready = jax.tree.map(
+        lambda leaf, place: (
+            isinstance(leaf, jax.Array)
+            and leaf.dtype == config.compute_dtype
+            and leaf.sharding.is_equivalent_to(place, leaf.ndim)
+        ),
+        params,
+        qwen3.shardings(config, mesh, sharding.DECODE_RULES),
+    )
+    if not all(jax.tree.leaves(ready)):
+        params = _for_decoding(params, config, mesh)
+    return params, Weights(outside_layers(params), _unstack_layers(params, config))
+
+
+_for_decoding = jax.jit(for_decoding, static_argnames=("config", "mesh"))
+_unstack_layers = jax.jit(decode.unstack_layers, static_argnames="config")
+
+
+def outside_layers(params: Params) -> Params:
+    """The parameters that belong to no layer."""
+    return {name: leaf for name, leaf in params.items() if name != "layers"}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "rows", "columns", "width"))
@@ -282,7 +303,7 @@ def empty(config: Qwen3Config, mesh: Mesh, rows: int, columns: int, width: int) 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def prefill(
-    weights: Weights,
+    params: Params,
     config: Qwen3Config,
     mesh: Mesh,
     prompts_MxP: jax.Array,
@@ -290,10 +311,13 @@ def prefill(
 ) -> Prefilled:
     """Runs prompts, for the slots that will take them.
 
+    Args:
+      params: of `prepare`, for prefill.
+
     Returns:
       every row on every device that holds a part of its heads: any slot may take it.
     """
-    done = run_prompts(weights.params, config, prompts_MxP, lengths_M, mesh)
+    done = run_prompts(params, config, prompts_MxP, lengths_M, mesh)
     split = sharding.spec(sharding.DECODE_RULES, (None, None, "kv_heads", None, None))
     hidden, caches = (
         jax.lax.with_sharding_constraint(part, placed)
@@ -340,7 +364,7 @@ def refill(
         rules,
         refill.fresh_B,
         refill.prompts_B,
-        jax.random.wrap_key_data(refill.keys_Bx2),
+        jax.random.wrap_key_data(refill.keys_BxU),
         prefilled.hidden_MxD[refill.sources_B],
         qwen3.unembedding(weights.params),
         vocab_size,

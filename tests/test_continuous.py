@@ -29,8 +29,12 @@ SLOTS = 4
 
 @pytest.fixture(autouse=True)
 def _short_rings(monkeypatch):
-    """Rings of these short responses have more than one size too."""
+    """Rings of these short responses have more than one size too.
+
+    What is expected is of one program, at whatever length.
+    """
     monkeypatch.setattr(continuous, "LEAST_COLUMNS", 16)
+    monkeypatch.setattr(continuous, "worthwhile", lambda slots, responses, _: 0 < slots < responses)
 
 
 def continuously(sampling, *, stop=NEVER, rows=None, prompts=None):
@@ -147,7 +151,7 @@ def test_responses_come_as_they_end_while_the_next_segment_runs(monkeypatch):
     [(10, 64, False), (10, 25, False), (10, 64, True)],
     ids=["some stop", "small budget", "all stop"],
 )
-def test_a_stream_grows_into_what_generate_returns(segment, budget, all_stop):
+def test_a_stream_grows_into_what_generate_returns(segment, budget, all_stop, monkeypatch):
     """Each piece adds `segment` tokens at most to the one before, and the last is the whole."""
     model, stop = load("untied"), (5, 9)
     params = model.params
@@ -155,10 +159,11 @@ def test_a_stream_grows_into_what_generate_returns(segment, budget, all_stop):
         params, logits = constant_model()
         stop = tuple(np.argsort(logits)[-2:])
     sampling = SamplingParams(max_tokens=budget)
+    monkeypatch.setattr(continuous, "SEGMENT", segment)
     whole = sample(model, sampling, params=params, stop=stop)
     assert whole.stopped_B.all() == all_stop
     growing = host_sampler(model, stop).stream(
-        params, model.inputs.prompts, training_keys(np.arange(ROWS)), sampling, segment
+        params, model.inputs.prompts, training_keys(np.arange(ROWS)), sampling
     )
     pieces = list(itertools.islice(growing, NEW_TOKENS))  # a stream without end fails below
     assert_same(pieces[-1], whole)
@@ -180,8 +185,9 @@ def test_a_stream_grows_into_what_generate_returns(segment, budget, all_stop):
 
 
 def layout(**sizes):
-    defaults = {"rows": 4, "prompt_width": 40, "response_width": 160, "segment": 32}
-    return Layout(model=None, mesh=None, vocab_size=8, pad_id=0, **defaults | sizes)
+    defaults = {"longest_prompt": 40, "response_width": 160, "segment": 32}
+    static = {"model": None, "mesh": None, "vocab_size": 8, "rows": 4, "pad_id": 0}
+    return Layout(prompt_width=8, **static | defaults | sizes)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +201,7 @@ def layout(**sizes):
 )
 def test_the_ring_has_a_handful_of_sizes(prompt, response, columns):
     """The largest holds every context, and the smallest a prompt and what a segment adds."""
-    got = layout(prompt_width=prompt, response_width=response).columns
+    got = layout(longest_prompt=prompt, response_width=response).columns
     assert got == columns
     assert got[0] >= min(prompt + 32, prompt + response)
 
@@ -213,3 +219,19 @@ def test_the_ring_has_a_handful_of_sizes(prompt, response, columns):
 )
 def test_few_responses_take_fewer_slots(slots, responses, parts, rows):
     assert continuous.rows_for(slots, responses, parts) == rows
+
+
+def test_the_ring_follows_the_longest_context_and_does_not_waver():
+    """It grows in time for a segment, and shrinks where it would hold for one more."""
+    sizes = layout()
+    assert sizes.columns == (72, 104, 200)
+    longest_then_columns = [(40, 72), (41, 104), (72, 104), (73, 200), (200, 200)]
+    for longest, columns in longest_then_columns:
+        ring = 72
+        while (new := sizes.next_columns(ring, longest)) != ring:
+            ring = new
+        assert ring == columns, longest
+    assert sizes.next_columns(200, 72) == 200
+    assert sizes.next_columns(200, 40) == 104
+    assert sizes.next_columns(104, 40) == 104
+    assert sizes.next_columns(104, 8) == 72

@@ -225,7 +225,7 @@ def _phase(
     """A verdict in its place in the run."""
     batch, every = settings.train.batch_size, settings.teacher.every
     state = parts["weights"] + parts["optimizer"]
-    resident = state + parts["teacher"] - verdict.state + verdict.parts.get("prompts", 0)
+    resident = state + parts["teacher"] - verdict.state
     flops = verdict.cost.get("flops", 0.0) / topology.devices
     runs, moved = {
         "accumulate": (
