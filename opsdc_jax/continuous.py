@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opsdc_jax import sharding, slots
+from opsdc_jax.models import decode
 from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.rollout import left_pad
@@ -142,7 +143,7 @@ def segments(
     """
     model, mesh, whole = layout.model, layout.mesh, sharding.whole(layout.mesh)
     static = {"mesh": mesh, "vocab_size": layout.vocab_size}
-    stacked, weights = slots.prepare(params, model, mesh)
+    stacked, weights = decode.prepare(params, model, mesh)
     del params  # a copy of the caller's need not live as long as this call
     columns = layout.columns[0]
     state = slots.empty(model, mesh, layout.rows, columns, layout.segment + 1)

@@ -26,7 +26,7 @@ from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.rollout import Rollout, fitting, left_pad
 from opsdc_jax.sampling import SamplingParams
-from opsdc_jax.slots import Rules, Weights
+from opsdc_jax.slots import Rules
 
 
 class Request(NamedTuple):
@@ -102,7 +102,7 @@ def generate(
       the responses, whole on every device, so that every process of a run can read all of them.
     """
     B, P = request.prompts_BxP.shape
-    params = slots.for_decoding(params, config, mesh)
+    params = decode.for_decoding(params, config, mesh)
     prefilled = slots.run_prompts(
         params, config, request.prompts_BxP, request.prompt_lengths_B, mesh
     )
@@ -122,7 +122,7 @@ def generate(
         qwen3.unembedding(params),
         vocab_size,
     )
-    weights = Weights(slots.outside_layers(params), decode.unstack_layers(params, config))
+    weights = decode.Weights(decode.outside_layers(params), decode.unstack_layers(params, config))
     state = slots.decode_until_done(weights, config, state, rules, vocab_size)
     rollout = Rollout(state.tokens_BxW, state.lengths_B, state.stopped_B, state.logprobs_BxW)
     return jax.lax.with_sharding_constraint(rollout, sharding.whole(mesh))

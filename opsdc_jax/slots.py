@@ -23,7 +23,6 @@ from jax.sharding import Mesh, NamedSharding
 
 from opsdc_jax import sharding
 from opsdc_jax.models import decode, qwen3
-from opsdc_jax.models.decode import DecodeLayer
 from opsdc_jax.models.layers import KVCache, Qwen3Config
 from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.rollout import Array
@@ -40,18 +39,6 @@ class Rules(NamedTuple):
 
     sampling: SamplingParams
     stop_ids: jax.Array | np.ndarray
-
-
-class Weights(NamedTuple):
-    """What a token reads: the parameters in compute dtype and decoding's layout.
-
-    Attributes:
-      params: those outside of the layers.
-      layers: `decode.unstack_layers`.
-    """
-
-    params: Params
-    layers: list[DecodeLayer]
 
 
 class Slots(NamedTuple):
@@ -117,20 +104,6 @@ class View(NamedTuple):
     lengths_B: Array
     tokens_BxW: Array
     logprobs_BxW: Array
-
-
-def for_decoding(params: Params, config: Qwen3Config, mesh: Mesh) -> Params:
-    """The parameters in compute dtype and decoding's layout.
-
-    In two moves: first the heads (and feed-forward width, and vocabulary) are split as they will
-    be, by all-to-alls, then `embed` is gathered. Asked for both at once, the compiler gathers every
-    parameter whole on every device.
-    """
-    params = jax.tree.map(lambda leaf: leaf.astype(config.compute_dtype), params)
-    for rules in ({**sharding.DECODE_RULES, "embed": "fsdp"}, sharding.DECODE_RULES):
-        placed = qwen3.shardings(config, mesh, rules)
-        params = jax.lax.with_sharding_constraint(params, placed)
-    return params
 
 
 def run_prompts(
@@ -234,7 +207,7 @@ def append(
 
 
 def decode_until_done(
-    weights: Weights, config: Qwen3Config, slots: Slots, rules: Rules, vocab_size: int
+    weights: decode.Weights, config: Qwen3Config, slots: Slots, rules: Rules, vocab_size: int
 ) -> Slots:
     """Draws tokens until all rows are done, or the buffers are full."""
     W, S = slots.tokens_BxW.shape[1], slots.caches[0].keys.shape[2]
@@ -262,34 +235,6 @@ def decode_until_done(
     return jax.lax.while_loop(unfinished, body, slots)
 
 
-def prepare(params: Params, config: Qwen3Config, mesh: Mesh) -> tuple[Params, Weights]:
-    """The weights of a call, made once: for prefill, and for decoding.
-
-    For prefill they are the given arrays, if these have the dtype and the layout.
-    """
-    ready = jax.tree.map(
-        lambda leaf, place: (
-            isinstance(leaf, jax.Array)
-            and leaf.dtype == config.compute_dtype
-            and leaf.sharding.is_equivalent_to(place, leaf.ndim)
-        ),
-        params,
-        qwen3.shardings(config, mesh, sharding.DECODE_RULES),
-    )
-    if not all(jax.tree.leaves(ready)):
-        params = _for_decoding(params, config, mesh)
-    return params, Weights(outside_layers(params), _unstack_layers(params, config))
-
-
-_for_decoding = jax.jit(for_decoding, static_argnames=("config", "mesh"))
-_unstack_layers = jax.jit(decode.unstack_layers, static_argnames="config")
-
-
-def outside_layers(params: Params) -> Params:
-    """The parameters that belong to no layer."""
-    return {name: leaf for name, leaf in params.items() if name != "layers"}
-
-
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "rows", "columns", "width"))
 def empty(config: Qwen3Config, mesh: Mesh, rows: int, columns: int, width: int) -> Slots:
     """Slots without a response; `width` is of the buffers."""
@@ -312,7 +257,7 @@ def prefill(
     """Runs prompts, for the slots that will take them.
 
     Args:
-      params: of `prepare`, for prefill.
+      params: of `decode.prepare`, for prefill.
 
     Returns:
       every row on every device that holds a part of its heads: any slot may take it.
@@ -330,7 +275,7 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames=("mesh", "vocab_size"), donate_argnames="slots")
 def refill(
-    weights: Weights,
+    weights: decode.Weights,
     slots: Slots,
     prefilled: Prefilled,
     refill: Refill,
@@ -376,7 +321,7 @@ def refill(
     jax.jit, static_argnames=("config", "mesh", "vocab_size"), donate_argnames="slots"
 )
 def advance(
-    weights: Weights,
+    weights: decode.Weights,
     config: Qwen3Config,
     slots: Slots,
     rules: Rules,

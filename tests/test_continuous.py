@@ -6,7 +6,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from hf_reference import NEW_TOKENS, PAD_ID, load
+from hf_reference import NEW_TOKENS, PAD_ID, PROMPT_WIDTH, load
 from test_sampler import (
     GREEDY,
     NEVER,
@@ -22,9 +22,11 @@ from test_sampler import (
 from opsdc_jax import continuous, sharding, slots
 from opsdc_jax.continuous import Layout
 from opsdc_jax.metrics import CompileCounter
+from opsdc_jax.models import decode, qwen3
 from opsdc_jax.sampling import SamplingParams
 
 SLOTS = 4
+WORTHWHILE = continuous.worthwhile
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +81,45 @@ def test_responses_of_any_length(sampling):
         assert len(set(expected.lengths_B)) > 8
         assert 2 < expected.stopped_B.sum() < ROWS
     assert_same(continuously(sampling, stop=stop), expected)
+
+
+def test_long_contexts_go_in_segments_also_where_every_row_has_a_slot(monkeypatch):
+    """And the first segment is under way before anybody waits."""
+    model, stop = load("untied"), (5, 9)
+    expected = sample(model, SamplingParams(), stop=stop)
+    monkeypatch.setattr(continuous, "worthwhile", WORTHWHILE)
+    columns, advance, read = [], slots.advance, []
+
+    def noted(weights, config, state, *args, **static):
+        columns.append(state.caches[0].keys.shape[2])
+        return advance(weights, config, state, *args, **static)
+
+    get = jax.device_get
+    monkeypatch.setattr(slots, "advance", noted)
+    monkeypatch.setattr(jax, "device_get", lambda tree: read.append(len(columns)) or get(tree))
+    keys, params = training_keys(np.arange(ROWS)), jax.device_put(model.params)
+    with sharding.explicit_transfers():
+        finish = host_sampler(model, stop).start(
+            params, model.inputs.prompts, keys, SamplingParams()
+        )
+        assert len(columns) == 1
+        assert 1 not in read, "nothing of it was read"
+        assert_same(finish(), expected)
+    assert len(columns) > 1
+    assert columns == sorted(columns)
+    assert columns[0] < columns[-1] == PROMPT_WIDTH + NEW_TOKENS
+
+
+def test_weights_that_lie_as_decoding_wants_them_are_not_copied():
+    model = load("untied")
+    mesh = host_sampler(model).mesh
+    given = jax.device_put(model.params, qwen3.shardings(model.config, mesh, sharding.DECODE_RULES))
+    stacked, weights = decode.prepare(given, model.config, mesh)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a is b, stacked, given)))
+    assert "layers" not in weights.params
+    half = dataclasses.replace(model.config, compute_dtype="bfloat16")
+    cast = jax.tree.leaves(decode.prepare(given, half, mesh)[0])
+    assert {leaf.dtype.name for leaf in cast} == {"bfloat16"}
 
 
 def test_neither_order_nor_number_of_prompts_changes_a_response():

@@ -310,8 +310,8 @@ def _prepared_segment(
 
     What it returns stays beside all of them.
     """
-    params = slots.for_decoding(params, model, mesh)
-    weights = slots.Weights(slots.outside_layers(params), decode.unstack_layers(params, model))
+    params = decode.for_decoding(params, model, mesh)
+    weights = decode.Weights(decode.outside_layers(params), decode.unstack_layers(params, model))
     kept = None if prompts is None else (params, slots.prefill(params, model, mesh, *prompts))
     advanced = slots.advance(weights, model, state, rules, mesh=mesh, vocab_size=vocab_size)
     return weights, kept, advanced
