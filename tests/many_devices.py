@@ -44,7 +44,10 @@ EIGHT = Qwen3Config(
 
 
 def train(base: str, workdir: pathlib.Path, *more: str) -> int:
-    """Runs scripts/train.py on the model in `base` for five steps at temperature 1."""
+    """Runs scripts/train.py on the model in `base` for five steps of drawn responses.
+
+    At temperature 1 their losses would differ too little to tell runs apart.
+    """
     arguments = [
         f"--workdir={workdir}",
         f"--config.model.path={base}",
@@ -52,6 +55,7 @@ def train(base: str, workdir: pathlib.Path, *more: str) -> int:
         f"--config.train.batch_size={ROWS}",
         f"--config.train.micro_batch_size={ROWS}",
         f"--config.sampler.max_response_tokens={RESPONSE}",
+        "--config.sampler.temperature=0.5",
         "--config.teacher.every=2",
         "--config.sampler.max_prompt_tokens=32",
         "--config.eval.samples_per_level=3",
