@@ -17,13 +17,24 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opsdc_jax import sharding, slots
+from opsdc_jax.models import decode
 from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.models.qwen3 import Params
-from opsdc_jax.rollout import fitting, left_pad
+from opsdc_jax.rollout import left_pad
 from opsdc_jax.slots import Refill, Rules, View
 
 SEGMENT = 32  # tokens between two looks at what is done
 LEAST_COLUMNS = 256  # of a ring: a shorter one saves less than its programs cost to compile
+
+
+def worthwhile(slots: int, responses: int, columns: int) -> bool:
+    """Whether a batch is sampled in segments, where one program could do it at once.
+
+    Args:
+      slots: rows that decode at a time; 0: all.
+      columns: tokens of its contexts, at most. One program pays for all of them from the start.
+    """
+    return 0 < slots < responses or columns > LEAST_COLUMNS
 
 
 class Layout(NamedTuple):
@@ -32,7 +43,9 @@ class Layout(NamedTuple):
     Attributes:
       mesh: of decoding.
       rows: slots.
-      prompt_width: that they are padded to.
+      prompt_width: that the prompts of this call are padded to.
+      longest_prompt: tokens of any call's. The ring follows it, so that few programs depend on the
+        width.
       response_width: tokens of a response, at most.
       segment: tokens of a segment.
       pad_id: of the padding on the left.
@@ -43,6 +56,7 @@ class Layout(NamedTuple):
     vocab_size: int
     rows: int
     prompt_width: int
+    longest_prompt: int
     response_width: int
     segment: int
     pad_id: int
@@ -56,11 +70,26 @@ class Layout(NamedTuple):
     @property
     def columns(self) -> tuple[int, ...]:
         """The sizes of the ring, ascending: whole contexts; and halves, down to an eighth."""
-        whole = self.prompt_width + self.response_width
+        whole = self.longest_prompt + self.response_width
         unit = 128 if whole >= 1024 else 8  # what kernels like
-        least = max(self.prompt_width + self.segment, LEAST_COLUMNS)
+        least = max(self.longest_prompt + self.segment, LEAST_COLUMNS)
         parts = (math.ceil(max(whole / part, least) / unit) * unit for part in (2, 4, 8))
         return tuple(sorted({whole, *(size for size in parts if size < whole)}))
+
+    def next_columns(self, columns: int, longest: int) -> int:
+        """The size that follows `columns`, by one at most: fewer programs than one for each pair.
+
+        It shrinks only where it would hold for a segment more: sizes do not take turns.
+
+        Args:
+          longest: tokens of the longest context before the next segment.
+        """
+        most, place = self.columns[-1], self.columns.index(columns)
+        if columns < min(longest + self.segment, most):
+            return self.columns[place + 1]
+        if place and self.columns[place - 1] >= longest + 2 * self.segment:
+            return self.columns[place - 1]
+        return columns
 
 
 class Piece(NamedTuple):
@@ -100,63 +129,61 @@ def segments(
     params: Params,
     layout: Layout,
     prompts: Sequence[Sequence[int]],
-    keys_Nx2: np.ndarray,
+    keys_NxU: np.ndarray,
     rules: Rules,
 ) -> Iterator[list[Piece]]:
     """Samples a response to each prompt; yields, segment by segment, what was added to which.
 
     Equal prompts side by side are prefilled once. When a segment is yielded, the next is already
-    under way.
+    under way: first comes an empty list, once the first one is.
 
     Args:
-      keys_Nx2: `jax.random.key_data` of each response's key.
+      keys_NxU: `jax.random.key_data` of each response's key.
       rules: with arrays that lie on the mesh; a budget of at most `layout.response_width`.
     """
     model, mesh, whole = layout.model, layout.mesh, sharding.whole(layout.mesh)
     static = {"mesh": mesh, "vocab_size": layout.vocab_size}
-    weights = slots.prepare(params, model, mesh)
+    stacked, weights = decode.prepare(params, model, mesh)
+    del params  # a copy of the caller's need not live as long as this call
     columns = layout.columns[0]
     state = slots.empty(model, mesh, layout.rows, columns, layout.segment + 1)
-    books = _Books(prompts, keys_Nx2, layout.rows)
+    books = _Books(prompts, keys_NxU, layout.rows)
     held, prefilled = range(0), None
     pieces: list[Piece] = []
     while books.busy:
         while books.can_start:
             if books.next_prompt not in held:
+                prefilled = None  # makes room for the next
                 held = range(books.next_prompt, books.next_prompt + layout.prompts)
                 batch = books.batch(held, layout.prompt_width, layout.pad_id)
                 placed = sharding.place(batch, sharding.batch_sharding(mesh))
-                prefilled = slots.prefill(weights, model, mesh, *placed)
+                prefilled = slots.prefill(stacked, model, mesh, *placed)
             refill = sharding.place(books.start(held), whole)
             state = slots.refill(weights, state, prefilled, refill, rules, **static)
-        wanted = min(books.longest + layout.segment, layout.columns[-1])
-        while columns != fitting(layout.columns, wanted):
-            # By one size at a time: fewer programs than one for each pair.
-            larger = columns < wanted
-            new = layout.columns[layout.columns.index(columns) + (1 if larger else -1)]
+        if books.all_started:
+            stacked, prefilled = {}, None  # room for longer rings
+        while (new := layout.next_columns(columns, books.longest)) != columns:
             for layer, cache in enumerate(state.caches):
                 state.caches[layer] = slots.resize(cache, state.column, mesh=mesh, columns=new)
-            column = sharding.place(columns if larger else 0, whole)
+            column = sharding.place(columns if new > columns else 0, whole)
             state, columns = state._replace(column=column), new
         state, view = slots.advance(weights, model, state, rules, **static)
-        if pieces:
-            yield pieces
-        pieces = books.enter(jax.device_get(view))
-    if pieces:
         yield pieces
+        pieces = books.enter(jax.device_get(view))
+    yield pieces
 
 
 class _Books:
     """Which response is in which slot, and how long it is; on the host."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], keys_Nx2: np.ndarray, rows: int):
+    def __init__(self, prompts: Sequence[Sequence[int]], keys_NxU: np.ndarray, rows: int):
         self._distinct: list[Sequence[int]] = []
         self._prompt_N = []  # of each response, its place in `_distinct`
         for prompt in prompts:
             if not self._distinct or prompt != self._distinct[-1]:
                 self._distinct.append(prompt)
             self._prompt_N.append(len(self._distinct) - 1)
-        self._keys_Nx2 = keys_Nx2
+        self._keys_NxU = keys_NxU
         self._next = 0
         self._number_B = np.full(rows, -1)  # -1: free
         self._started_B = np.zeros(rows, bool)  # since the last segment
@@ -165,12 +192,17 @@ class _Books:
     @property
     def busy(self) -> bool:
         """Whether there is anything left to sample."""
-        return self._next < len(self._prompt_N) or bool((self._number_B >= 0).any())
+        return not self.all_started or bool((self._number_B >= 0).any())
+
+    @property
+    def all_started(self) -> bool:
+        """Whether no prompt waits any more."""
+        return self._next == len(self._prompt_N)
 
     @property
     def can_start(self) -> bool:
         """Whether a response waits and a slot is free."""
-        return self._next < len(self._prompt_N) and bool((self._number_B < 0).any())
+        return not self.all_started and bool((self._number_B < 0).any())
 
     @property
     def next_prompt(self) -> int:
@@ -194,18 +226,19 @@ class _Books:
         """Gives free slots to the next responses, as far as their prompts are at hand."""
         rows = len(self._number_B)
         slots_B, sources_B, count = np.zeros(rows, np.int32), np.zeros(rows, np.int32), 0
-        fresh_B, keys_Bx2 = np.zeros(rows, bool), np.zeros((rows, 2), np.uint32)
+        fresh_B = np.zeros(rows, bool)
+        keys_BxU = np.zeros((rows, self._keys_NxU.shape[1]), np.uint32)
         for slot in np.flatnonzero(self._number_B < 0):
-            if self._next == len(self._prompt_N) or self.next_prompt not in held:
+            if self.all_started or self.next_prompt not in held:
                 break
             slots_B[count], fresh_B[slot] = slot, True
             sources_B[slot] = held.index(self.next_prompt)
-            keys_Bx2[slot] = self._keys_Nx2[self._next]
+            keys_BxU[slot] = self._keys_NxU[self._next]
             self._prompts_B[slot] = len(self._distinct[self.next_prompt])
             self._lengths_B[slot], self._started_B[slot] = 0, True
             self._number_B[slot] = self._next
             self._next, count = self._next + 1, count + 1
-        return Refill(count, slots_B, fresh_B, sources_B, self._prompts_B.copy(), keys_Bx2)
+        return Refill(count, slots_B, fresh_B, sources_B, self._prompts_B.copy(), keys_BxU)
 
     def enter(self, view: View) -> list[Piece]:
         """Takes up what a segment has done; frees the slots of finished responses."""

@@ -132,6 +132,13 @@ def from_first(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
+def array_from_first(values: np.ndarray) -> np.ndarray:
+    """As `from_first`, of integers; the shape is the same everywhere."""
+    if jax.process_count() == 1:
+        return values
+    return np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+
 def first_does(work: Callable[[], int | None]) -> int:
     """Runs `work` in the first process only; where it fails there, no process goes on.
 

@@ -1,5 +1,7 @@
 """Samples the responses of systems to benchmarks, into files that survive a kill; grades them.
 
+Responses are written as they end; what a kill interrupts is only what was under way.
+
 The training loop and scripts/evaluate.py both evaluate through `Evaluator`. The files are described
 in docs/formats.md; opsdc_jax/summary.py makes statistics of them, without a model.
 """
@@ -69,13 +71,17 @@ class Evaluator:
         Raises:
           InputError: files of the same name were sampled with other settings.
         """
-        complete = True
+        return all(there_N.all() for there_N in self._open(system))
+
+    def _open(self, system: System) -> list[np.ndarray]:
+        """Of each benchmark, which of its responses are there, [problems * samples]."""
+        opened = []
         for benchmark in self.benchmarks:
             files = self._files(system, benchmark)
             described = self._describe(system, benchmark)
             distributed.first_does(functools.partial(files.open, described))
-            complete &= self._sampled(files, benchmark) == self._total(benchmark)
-        return complete
+            opened.append(self._sampled(files, benchmark))
+        return opened
 
     def run(
         self,
@@ -92,15 +98,15 @@ class Evaluator:
         Returns:
           False if it was asked to stop before all was there: another call goes on.
         """
-        self.open(system)
-        for benchmark in self.benchmarks:
+        for benchmark, there_N in zip(self.benchmarks, self._open(system), strict=True):
             files = self._files(system, benchmark)
-            if distributed.from_first(files.grades.exists()):
+            # Grades of an incomplete file are of --regrade.
+            if there_N.all() and distributed.from_first(files.grades.exists()):
                 continue
             began = time.perf_counter()
-            if self._sampled(files, benchmark) < self._total(benchmark):
+            if not there_N.all():
                 assert params is not None
-                if not self._sample(files, system, benchmark, params, stop_asked):
+                if not self._sample(files, system, benchmark, params, there_N, stop_asked):
                     return False
             if distributed.is_first():
                 summary.grade(files)
@@ -114,12 +120,21 @@ class Evaluator:
     def _files(self, system: System, benchmark: Benchmark) -> SystemFiles:
         return SystemFiles(self.folder / benchmark.name, system.name)
 
-    def _total(self, benchmark: Benchmark) -> int:
-        return len(benchmark.examples) * self.settings.eval.samples
+    def _sampled(self, files: SystemFiles, benchmark: Benchmark) -> np.ndarray:
+        """Which responses are there; what a crash left unfinished is dropped."""
+        samples = self.settings.eval.samples
+        total = len(benchmark.examples) * samples
+        there_N = np.zeros(total, bool)
 
-    def _sampled(self, files: SystemFiles, benchmark: Benchmark) -> int:
-        """How many responses are there; what a crash left unfinished is dropped."""
-        return distributed.from_first(files.resume() if distributed.is_first() else 0)
+        def look() -> None:
+            places = files.resume()
+            numbers = [index * samples + sample for index, sample in places]
+            there_N[:] = np.isin(np.arange(total), numbers)
+            if there_N.all():
+                files.sort(places)  # a kill came between the last response and this
+
+        distributed.first_does(look)
+        return distributed.array_from_first(there_N.astype(np.int32)).astype(bool)
 
     def _render(self, system: System) -> Callable[[str], list[int]]:
         return self.prompts.teacher if system.concise else self.prompts.student
@@ -130,11 +145,12 @@ class Evaluator:
         system: System,
         benchmark: Benchmark,
         params: Params,
+        there_N: np.ndarray,
         stop_asked: Callable[[], bool],
     ) -> bool:
-        """Goes on with a system's responses to a benchmark; whether all are there in the end."""
+        """Samples those of a system's responses that are not there; whether all are in the end."""
         options, render = self.settings.eval, self._render(system)
-        total, first = self._total(benchmark), self._sampled(files, benchmark)
+        total, first = there_N.size, int(there_N.sum())
         began = printed = time.perf_counter()
         done = first
         for rows in responses(
@@ -146,7 +162,7 @@ class Evaluator:
             sampling=SamplingParams(options.temperature, options.top_p, options.top_k),
             seed=self.settings.seed,
             samples=options.samples,
-            first=first,
+            numbers_N=np.flatnonzero(~there_N),
         ):
             if rows and distributed.is_first():
                 files.append(rows)
@@ -162,6 +178,7 @@ class Evaluator:
                     f"{seconds(left)} left",
                     flush=True,
                 )
+        distributed.first_does(lambda: files.sort(files.resume()))
         return True
 
     def _describe(self, system: System, benchmark: Benchmark) -> dict[str, Any]:
@@ -205,13 +222,11 @@ def responses(
     sampling: SamplingParams,
     seed: int,
     samples: int,
-    first: int = 0,
+    numbers_N: np.ndarray | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Samples responses as rows of `<system>.jsonl`, ordered by problem and sample.
+    """Samples responses as rows of `<system>.jsonl`, which come as they end.
 
-    After every segment of decoding it yields the rows whose turn has come, which may be none: a
-    response that ends before its predecessors waits for them. Those that wait hold at most the
-    tokens that all slots sample while one response uses its budget.
+    After every segment of decoding it yields those that ended, which may be none.
 
     The samples of one problem stand side by side, so that its prompt is prefilled once. The key of
     a response depends on the seed, its problem's index and its number alone, so systems compared on
@@ -220,9 +235,10 @@ def responses(
     Args:
       prompts: token ids, one prompt for each example.
       samples: responses to each prompt (k).
-      first: number of the first response that is wanted.
+      numbers_N: of the responses that are wanted, index * samples + sample; None: all.
     """
-    numbers_N = np.arange(first, len(examples) * samples)
+    if numbers_N is None:
+        numbers_N = np.arange(len(examples) * samples)
     indices_N, samples_N = np.divmod(numbers_N, samples)
     keys_N = sequence_keys(seed, EVAL_STREAM, samples_N, indices_N)
 
@@ -241,14 +257,6 @@ def responses(
             "prompt_tokens": len(prompts[index]),
         }
 
-    waiting: dict[int, Response] = {}
-    written = 0
-    for ended in sampler.responses(
-        params, [prompts[index] for index in indices_N], keys_N, sampling
-    ):
-        waiting |= {response.number: response for response in ended}
-        rows = []
-        while written in waiting:
-            rows.append(row(waiting.pop(written)))
-            written += 1
-        yield rows
+    wanted = [prompts[index] for index in indices_N]
+    for ended in sampler.responses(params, wanted, keys_N, sampling):
+        yield [row(response) for response in ended]

@@ -94,18 +94,51 @@ class SystemFiles(NamedTuple):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.settings, settings)
 
-    def resume(self) -> int:
-        """Drops a line that a crash left torn; returns how many responses stay."""
+    def resume(self) -> dict[tuple[int, int], int]:
+        """Drops a line that a crash left torn.
+
+        Returns:
+          (index, sample) of each response that stays -> where its line begins, in bytes.
+
+        Raises:
+          InputError: a line is damaged, or the file cannot be written.
+        """
+        places: dict[tuple[int, int], int] = {}
         if not self.responses.exists():
-            return 0
-        kept = end = 0
-        with self.responses.open("r+b") as file:
-            for line in file:
+            return places
+        end = 0
+        with writing(self.responses), self.responses.open("r+b") as file:
+            for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
+                    file.truncate(end)
                     break
-                kept, end = kept + 1, end + len(line)
-            file.truncate(end)
-        return kept
+                try:
+                    row = json.loads(line)
+                    places[row["index"], row["sample"]] = end
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    raise InputError(
+                        f"{self.responses}:{number} is damaged: delete this line"
+                    ) from None
+                end += len(line)
+        return places
+
+    def sort(self, places: Mapping[tuple[int, int], int]) -> None:
+        """Orders the responses by problem and sample: they were written as they ended.
+
+        Args:
+          places: what `resume` found.
+
+        Raises:
+          InputError: the file cannot be written.
+        """
+        if list(places) != sorted(places):
+            write_json_lines(self.responses, self._rows_at(places[key] for key in sorted(places)))
+
+    def _rows_at(self, places: Iterable[int]) -> Iterator[dict[str, Any]]:
+        with self.responses.open("rb") as file:
+            for place in places:
+                file.seek(place)
+                yield json.loads(file.readline())
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds responses to the file.
@@ -117,7 +150,7 @@ class SystemFiles(NamedTuple):
             file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The responses, one after the other: a whole file can be larger than memory likes."""
+        """The responses in the file's order: a whole file can be larger than memory likes."""
         return read_json_lines(self.responses, _RESPONSE)
 
     def read_grades(self) -> list[dict[str, Any]]:

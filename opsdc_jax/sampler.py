@@ -1,8 +1,8 @@
 """Sampling: a batch in one jitted call, or any number of prompts by continuous batching.
 
 The sampler reads the very parameters that train: a call begins by casting them to the compute dtype
-and laying them out for decoding, on the devices. That copy and the KV cache never leave these, and
-go with the call.
+and laying them out for decoding, on the devices, as far as they are not. That copy and the KV cache
+never leave these, and go with the call.
 
 Shapes: B rows, P prompt width, R response width, N prompts of a call.
 """
@@ -10,7 +10,7 @@ Shapes: B rows, P prompt width, R response width, N prompts of a call.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.rollout import Rollout, fitting, left_pad
 from opsdc_jax.sampling import SamplingParams
-from opsdc_jax.slots import Rules, Weights
+from opsdc_jax.slots import Rules
 
 
 class Request(NamedTuple):
@@ -102,7 +102,7 @@ def generate(
       the responses, whole on every device, so that every process of a run can read all of them.
     """
     B, P = request.prompts_BxP.shape
-    params = slots.for_decoding(params, config, mesh)
+    params = decode.for_decoding(params, config, mesh)
     prefilled = slots.run_prompts(
         params, config, request.prompts_BxP, request.prompt_lengths_B, mesh
     )
@@ -122,7 +122,7 @@ def generate(
         qwen3.unembedding(params),
         vocab_size,
     )
-    weights = Weights(params, decode.unstack_layers(params, config))
+    weights = decode.Weights(decode.outside_layers(params), decode.unstack_layers(params, config))
     state = slots.decode_until_done(weights, config, state, rules, vocab_size)
     rollout = Rollout(state.tokens_BxW, state.lengths_B, state.stopped_B, state.logprobs_BxW)
     return jax.lax.with_sharding_constraint(rollout, sharding.whole(mesh))
@@ -148,7 +148,9 @@ class Response(NamedTuple):
 class Sampler:
     """Host side of sampling: pads prompts to one width and places their rows on the mesh.
 
-    A sequence's key alone decides what is drawn, so none of these ways changes a response.
+    A sequence's key alone decides what is drawn, so none of these ways changes a response, unless
+    two candidates for a token are equal to within rounding: the shapes of a program move logits in
+    their last bits.
 
     Attributes:
       mesh: of decoding (`decode_mesh`).
@@ -175,16 +177,36 @@ class Sampler:
         keys_B: jax.Array,
         sampling: SamplingParams,
     ) -> Rollout:
-        """One response for each prompt.
+        """One response for each prompt, on the host."""
+        return self.start(params, prompts, keys_B, sampling)()
 
-        A batch that the slots hold is one program, and may still be under way on return; a larger
-        one is sampled by continuous batching (`responses`), and comes back on the host.
+    def start(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int]],
+        keys_B: jax.Array,
+        sampling: SamplingParams,
+    ) -> Callable[[], Rollout]:
+        """Starts on one response for each prompt.
+
+        A batch of short contexts that the slots hold is one program. Any other is sampled in
+        segments (`continuous.worthwhile`), of which the first is under way on return.
+
+        Returns:
+          a function, to be called once, that gives the responses on the host. Until it returns,
+          `params` must not be donated.
         """
-        if 0 < self.slots < len(prompts):
+        longest = self.prompt_buckets[-1] + self.response_width
+        if continuous.worthwhile(self.slots, len(prompts), longest):
+            segments = self._segments(params, prompts, keys_B, sampling)
             grown = _Grown(len(prompts), self.response_width, self.pad_id)
-            for pieces in self._segments(params, prompts, keys_B, sampling, continuous.SEGMENT):
-                grown.add(pieces)
-            return grown.rollout
+
+            def finish() -> Rollout:
+                for pieces in segments:
+                    grown.add(pieces)
+                return grown.rollout
+
+            return finish
         width = fitting(self.prompt_buckets, max(map(len, prompts)))
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         padded = left_pad(prompts, width, self.pad_id)
@@ -194,7 +216,7 @@ class Sampler:
         request = Request(
             *sharding.place((padded, lengths, keys_B), rows), *sharding.place(rest, whole)
         )
-        return generate(
+        rollout = generate(
             params,
             self.model,
             request,
@@ -202,6 +224,7 @@ class Sampler:
             vocab_size=self.vocab_size,
             response_width=self.response_width,
         )
+        return lambda: jax.device_get(rollout)
 
     def responses(
         self,
@@ -216,7 +239,7 @@ class Sampler:
         runs.
         """
         growing: dict[int, list[Piece]] = {}
-        for pieces in self._segments(params, prompts, keys_N, sampling, continuous.SEGMENT):
+        for pieces in self._segments(params, prompts, keys_N, sampling):
             ended = []
             for piece in pieces:
                 growing.setdefault(piece.number, []).append(piece)
@@ -235,11 +258,10 @@ class Sampler:
         prompts: Sequence[Sequence[int]],
         keys_B: jax.Array,
         sampling: SamplingParams,
-        segment: int,
     ) -> Iterator[Rollout]:
-        """The responses as they grow, every `segment` tokens, the end included; on the host."""
+        """The responses as they grow, segment by segment, the end included; on the host."""
         grown = _Grown(len(prompts), self.response_width, self.pad_id)
-        for pieces in self._segments(params, prompts, keys_B, sampling, segment):
+        for pieces in self._segments(params, prompts, keys_B, sampling):
             grown.add(pieces)
             yield jax.tree.map(np.copy, grown.rollout)
 
@@ -249,8 +271,8 @@ class Sampler:
         prompts: Sequence[Sequence[int]],
         keys_N: jax.Array,
         sampling: SamplingParams,
-        segment: int,
     ) -> Iterator[list[Piece]]:
+        """What `continuous.segments` gives; the first segment is under way on return."""
         parts = continuous.batch_parts(self.mesh)
         rows = continuous.rows_for(self.slots or len(prompts), len(prompts), parts)
         layout = Layout(
@@ -259,15 +281,18 @@ class Sampler:
             vocab_size=self.vocab_size,
             rows=rows,
             prompt_width=fitting(self.prompt_buckets, max(map(len, prompts))),
+            longest_prompt=self.prompt_buckets[-1],
             response_width=self.response_width,
-            segment=segment,
+            segment=continuous.SEGMENT,
             pad_id=self.pad_id,
         )
         budget = min(int(sampling.max_tokens), self.response_width)
         rules = Rules(sampling._replace(max_tokens=budget), np.asarray(self.stop_ids, np.int32))
         rules = sharding.place(rules, sharding.whole(self.mesh))
-        keys_Nx2 = jax.device_get(jax.random.key_data(keys_N))
-        return continuous.segments(params, layout, prompts, keys_Nx2, rules)
+        keys_NxU = jax.device_get(jax.random.key_data(keys_N))
+        segments = continuous.segments(params, layout, prompts, keys_NxU, rules)
+        next(segments)
+        return segments
 
 
 class _Grown:

@@ -23,7 +23,6 @@ from jax.sharding import Mesh, NamedSharding
 
 from opsdc_jax import sharding
 from opsdc_jax.models import decode, qwen3
-from opsdc_jax.models.decode import DecodeLayer
 from opsdc_jax.models.layers import KVCache, Qwen3Config
 from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.rollout import Array
@@ -40,18 +39,6 @@ class Rules(NamedTuple):
 
     sampling: SamplingParams
     stop_ids: jax.Array | np.ndarray
-
-
-class Weights(NamedTuple):
-    """The parameters in compute dtype and decoding's layout.
-
-    Attributes:
-      params: as they are, for prefill.
-      layers: `decode.unstack_layers` of them, for decoding.
-    """
-
-    params: Params
-    layers: list[DecodeLayer]
 
 
 class Slots(NamedTuple):
@@ -98,7 +85,7 @@ class Refill(NamedTuple):
       fresh_B: whether a slot is among them.
       sources_B: of these, the row of the prompt in `Prefilled`.
       prompts_B: its tokens.
-      keys_Bx2: `jax.random.key_data` of the response's key.
+      keys_BxU: `jax.random.key_data` of the response's key, U words.
     """
 
     starts: Array
@@ -106,7 +93,7 @@ class Refill(NamedTuple):
     fresh_B: Array
     sources_B: Array
     prompts_B: Array
-    keys_Bx2: Array
+    keys_BxU: Array
 
 
 class View(NamedTuple):
@@ -117,20 +104,6 @@ class View(NamedTuple):
     lengths_B: Array
     tokens_BxW: Array
     logprobs_BxW: Array
-
-
-def for_decoding(params: Params, config: Qwen3Config, mesh: Mesh) -> Params:
-    """The parameters in compute dtype and decoding's layout.
-
-    In two moves: first the heads (and feed-forward width, and vocabulary) are split as they will
-    be, by all-to-alls, then `embed` is gathered. Asked for both at once, the compiler gathers every
-    parameter whole on every device.
-    """
-    params = jax.tree.map(lambda leaf: leaf.astype(config.compute_dtype), params)
-    for rules in ({**sharding.DECODE_RULES, "embed": "fsdp"}, sharding.DECODE_RULES):
-        placed = qwen3.shardings(config, mesh, rules)
-        params = jax.lax.with_sharding_constraint(params, placed)
-    return params
 
 
 def run_prompts(
@@ -164,7 +137,7 @@ def fresh(caches: list[KVCache], column: int, rows: int, width: int) -> Slots:
         stopped_B=jnp.zeros((rows,), bool),
         prompts_B=jnp.ones((rows,), jnp.int32),
         lengths_B=jnp.zeros((rows,), jnp.int32),
-        keys_B=jax.random.wrap_key_data(jnp.zeros((rows, 2), jnp.uint32)),
+        keys_B=jnp.broadcast_to(jax.random.key(0), (rows,)),
         tokens_BxW=jnp.zeros((rows, width), jnp.int32),
         logprobs_BxW=jnp.zeros((rows, width), jnp.float32),
         caches=caches,
@@ -234,7 +207,7 @@ def append(
 
 
 def decode_until_done(
-    weights: Weights, config: Qwen3Config, slots: Slots, rules: Rules, vocab_size: int
+    weights: decode.Weights, config: Qwen3Config, slots: Slots, rules: Rules, vocab_size: int
 ) -> Slots:
     """Draws tokens until all rows are done, or the buffers are full."""
     W, S = slots.tokens_BxW.shape[1], slots.caches[0].keys.shape[2]
@@ -262,13 +235,6 @@ def decode_until_done(
     return jax.lax.while_loop(unfinished, body, slots)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def prepare(params: Params, config: Qwen3Config, mesh: Mesh) -> Weights:
-    """The weights of a call, made once."""
-    params = for_decoding(params, config, mesh)
-    return Weights(params, decode.unstack_layers(params, config))
-
-
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "rows", "columns", "width"))
 def empty(config: Qwen3Config, mesh: Mesh, rows: int, columns: int, width: int) -> Slots:
     """Slots without a response; `width` is of the buffers."""
@@ -282,7 +248,7 @@ def empty(config: Qwen3Config, mesh: Mesh, rows: int, columns: int, width: int) 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def prefill(
-    weights: Weights,
+    params: Params,
     config: Qwen3Config,
     mesh: Mesh,
     prompts_MxP: jax.Array,
@@ -290,10 +256,13 @@ def prefill(
 ) -> Prefilled:
     """Runs prompts, for the slots that will take them.
 
+    Args:
+      params: of `decode.prepare`, for prefill.
+
     Returns:
       every row on every device that holds a part of its heads: any slot may take it.
     """
-    done = run_prompts(weights.params, config, prompts_MxP, lengths_M, mesh)
+    done = run_prompts(params, config, prompts_MxP, lengths_M, mesh)
     split = sharding.spec(sharding.DECODE_RULES, (None, None, "kv_heads", None, None))
     hidden, caches = (
         jax.lax.with_sharding_constraint(part, placed)
@@ -306,7 +275,7 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames=("mesh", "vocab_size"), donate_argnames="slots")
 def refill(
-    weights: Weights,
+    weights: decode.Weights,
     slots: Slots,
     prefilled: Prefilled,
     refill: Refill,
@@ -340,7 +309,7 @@ def refill(
         rules,
         refill.fresh_B,
         refill.prompts_B,
-        jax.random.wrap_key_data(refill.keys_Bx2),
+        jax.random.wrap_key_data(refill.keys_BxU),
         prefilled.hidden_MxD[refill.sources_B],
         qwen3.unembedding(weights.params),
         vocab_size,
@@ -352,7 +321,7 @@ def refill(
     jax.jit, static_argnames=("config", "mesh", "vocab_size"), donate_argnames="slots"
 )
 def advance(
-    weights: Weights,
+    weights: decode.Weights,
     config: Qwen3Config,
     slots: Slots,
     rules: Rules,

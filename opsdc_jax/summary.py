@@ -53,7 +53,8 @@ def grade(files: SystemFiles) -> None:
         raise InputError(f"{files.responses} is empty: finish the evaluation first")
     for row, graded in zip(rows, grading.grade_many(items), strict=True):
         row |= {"scores": graded.scores, "timed_out": graded.timed_out}
-    files.write_grades(rows)
+    # Of an evaluation that is not complete the responses lie as they ended.
+    files.write_grades(sorted(rows, key=lambda row: (row["index"], row["sample"])))
 
 
 def _measure(response: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ All systems answer the same problems with the same sampling settings, budget and
 (scripts/export.py writes it), asked plainly. A benchmark is math500, aime24, aime25, gsm8k, mmlu
 (the STEM subjects), tiny, a hub id, or a file; several are separated by commas. Defaults are those
 of opsdc_jax/config.py. Everything sampled is kept in --out (docs/formats.md). Killed, it goes on
-where it was when it is started again with the same settings, and ends with the same result.
+where it was when it is started again with the same settings, and ends with the same result, unless
+two candidates for a token are equal to within rounding.
 --regrade grades the responses of such a folder, of a run, or of one file again, without a model.
 
 Exit codes: 0 done; 1 an unexpected error (with a traceback); 2 bad input.
@@ -97,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
     for (model, evaluator, system), done in zip(jobs, complete, strict=True):
         if not done and model is not loaded:
             params = None  # two models need not fit into memory side by side
-            loaded, params = model, load(settings, model, mesh)
+            loaded, params = model, load(settings, model, evaluator.sampler.mesh)
         evaluator.run(system, params)
     return finish(out / "eval")
 
@@ -226,8 +227,12 @@ def make_evaluator(
 
 
 def load(settings: ConfigDict, model: Model, mesh: Mesh) -> qwen3.Params:
-    """Reads a model's weights, in the type they are computed in."""
-    shardings = qwen3.shardings(model.config, mesh)
+    """Reads a model's weights as decoding wants them: the sampler makes no copy for its prefill.
+
+    Args:
+      mesh: of decoding.
+    """
+    shardings = qwen3.shardings(model.config, mesh, sharding.DECODE_RULES)
     return weights.load_params(
         model.folder, model.config, shardings=shardings, dtype=settings.model.compute_dtype
     )

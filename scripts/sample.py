@@ -23,15 +23,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from opsdc_jax import cli, sharding
+from opsdc_jax import cli, rollout, sharding
 from opsdc_jax.config import DTYPES, InputError
 from opsdc_jax.models import hf, qwen3, weights
 from opsdc_jax.prompts import TEMPLATES, Prompts
-from opsdc_jax.rollout import Rollout
 from opsdc_jax.sampler import Sampler, decode_mesh
 from opsdc_jax.sampling import EVAL_STREAM, SamplingParams, sequence_keys
 
-SEGMENT = 16  # tokens between two looks at the responses
+MAX_PROMPT = 1024  # tokens of a prompt, as a rule: the programs of all such prompts are few
 MAX_TOKENS = 4096  # budget of a response where none is given and the model has the positions
 
 
@@ -59,7 +58,8 @@ def main(argv: Sequence[str]) -> int:
         f"concise ({args.instruction})": prompts.teacher(args.prompt),
     }
     longest = max(map(len, sides.values()))
-    room = config.max_position_embeddings - longest
+    positions = config.max_position_embeddings
+    room = positions - longest
     if args.max_tokens > room:
         raise InputError(f"--max_tokens={args.max_tokens} exceeds the {room} positions left")
     mesh = sharding.make_mesh({"replica": 1, "fsdp": -1, "tensor": 1})
@@ -68,23 +68,22 @@ def main(argv: Sequence[str]) -> int:
     sampler = Sampler(
         model=config,
         mesh=decoding,
-        prompt_buckets=(longest,),
-        response_width=args.max_tokens or min(MAX_TOKENS, room),
+        prompt_buckets=rollout.length_buckets(max(longest, min(MAX_PROMPT, positions))),
+        response_width=args.max_tokens or min(MAX_TOKENS, positions),
         vocab_size=len(tokenizer),
         stop_ids=stop_ids,
         pad_id=tokenizer.pad_token_id,
     )
     cli.use_compilation_cache()
-    params = weights.load_params(
-        folder, config, shardings=qwen3.shardings(config, mesh), dtype=args.dtype
-    )
+    # As decoding wants them: the sampler makes no copy for its prefill.
+    shardings = qwen3.shardings(config, decoding, sharding.DECODE_RULES)
+    params = weights.load_params(folder, config, shardings=shardings, dtype=args.dtype)
     keys = sequence_keys(args.seed, EVAL_STREAM, 0, np.zeros(len(sides), int))
     rollouts = sampler.stream(
         params,
         list(sides.values()),
         keys,
-        SamplingParams(args.temperature, args.top_p, args.top_k),
-        SEGMENT,
+        SamplingParams(args.temperature, args.top_p, args.top_k, room),
     )
     headings = [f"{name}: prompt of {len(prompt)} tokens" for name, prompt in sides.items()]
     show(Console(), headings, tokenizer, rollouts)
@@ -124,7 +123,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
 
 
 def show(
-    console: Console, headings: Sequence[str], tokenizer: Any, rollouts: Iterable[Rollout]
+    console: Console, headings: Sequence[str], tokenizer: Any, rollouts: Iterable[rollout.Rollout]
 ) -> None:
     """Shows the rows of a growing rollout in columns; at the end once more, whole.
 
@@ -134,12 +133,12 @@ def show(
     texts: list[str] = []
     captions: list[str] = []
     with Live(console=console, auto_refresh=False, transient=True) as live:
-        for rollout in rollouts:
-            rows = zip(rollout.tokens_BxR, rollout.lengths_B, strict=True)
+        for grown in rollouts:
+            rows = zip(grown.tokens_BxR, grown.lengths_B, strict=True)
             texts = [tokenizer.decode(row[:length]) for row, length in rows]
             captions = [
                 f"{length} tokens{'' if stopped else ', cut by the budget'}"
-                for length, stopped in zip(rollout.lengths_B, rollout.stopped_B, strict=True)
+                for length, stopped in zip(grown.lengths_B, grown.stopped_B, strict=True)
             ]
             if console.is_terminal:
                 live.update(columns(headings, newest(texts, console)), refresh=True)

@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -190,12 +189,12 @@ def train(
                     checkpoints.save(state, step - 1)
                 return stopped(step - 1)
             with sharding.explicit_transfers():
-                sampled = parts.sampler(
+                finish = parts.sampler.start(
                     state.student, asked.student_prompts, asked.keys_B, sampling
                 )
                 # The last step's metrics, while this step's rollout runs.
                 guard.add(progress.print_pending(), state)
-                sampled = jax.device_get(sampled)
+                sampled = finish()
                 kept = None
                 if step == 1 or due(step, settings.log.samples_every, last_step):
                     # Before the update: by the very student that sampled, and its teacher.

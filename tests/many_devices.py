@@ -17,9 +17,9 @@ import jax
 import numpy as np
 from helpers import ROOT, load_script, random_params
 
-from opsdc_jax import cli, distill, distributed, sampler, sharding, slots
+from opsdc_jax import cli, continuous, distill, distributed, sampler, sharding, slots
 from opsdc_jax.config import default_config
-from opsdc_jax.models import qwen3
+from opsdc_jax.models import decode, qwen3
 from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.rollout import Rollout
 from opsdc_jax.sampling import SamplingParams, sequence_keys
@@ -44,7 +44,10 @@ EIGHT = Qwen3Config(
 
 
 def train(base: str, workdir: pathlib.Path, *more: str) -> int:
-    """Runs scripts/train.py on the model in `base` for five greedy steps."""
+    """Runs scripts/train.py on the model in `base` for five steps of drawn responses.
+
+    At temperature 1 their losses would differ too little to tell runs apart.
+    """
     arguments = [
         f"--workdir={workdir}",
         f"--config.model.path={base}",
@@ -52,7 +55,7 @@ def train(base: str, workdir: pathlib.Path, *more: str) -> int:
         f"--config.train.batch_size={ROWS}",
         f"--config.train.micro_batch_size={ROWS}",
         f"--config.sampler.max_response_tokens={RESPONSE}",
-        "--config.sampler.temperature=0.0",
+        "--config.sampler.temperature=0.5",
         "--config.teacher.every=2",
         "--config.sampler.max_prompt_tokens=32",
         "--config.eval.samples_per_level=3",
@@ -83,13 +86,25 @@ def meshes(base: str, out: pathlib.Path) -> None:
     arguments, static = calls[0]
     decode = compiled.lower(*arguments, **static).compile().as_text()
     looked_at = {"decode": decode_program(decode), "train": train_programs(8, 1)}
-    looked_at["wide"] = [sampled(width) for width in (2, 8)]
-    looked_at["continuous"] = [sampled(width, ROWS // 2) for width in (2, 8)]
+    drawings = {"greedy": SamplingParams(0.0), "drawn": SamplingParams()}
+    for rows in (0, ROWS // 2):
+        for name, drawing in drawings.items():
+            found = [sampled(width, drawing, rows) for width in (2, 8)]
+            looked_at[name] = [*looked_at.get(name, []), *found]
+        short_segments()
     print(json.dumps(looked_at | {"segments": segment_programs()}))
 
 
-def sampled(width: int, rows: int = 0) -> list[list[int]]:
-    """Greedy responses of a model of 2 key/value heads, its layers split over `width` devices."""
+def short_segments() -> None:
+    """Makes responses of these few tokens take several segments and sizes of the ring."""
+    continuous.SEGMENT, continuous.LEAST_COLUMNS = 4, 8
+
+
+def sampled(width: int, drawing: SamplingParams, rows: int = 0) -> list[list[int]]:
+    """Responses of a model of 2 key/value heads, its layers split over `width` devices.
+
+    One token in 16 ends a response.
+    """
     model = dataclasses.replace(EIGHT, num_key_value_heads=2)
     mesh = sharding.make_mesh({"replica": 1, "fsdp": 8, "tensor": 1})
     sample = sampler.Sampler(
@@ -98,14 +113,17 @@ def sampled(width: int, rows: int = 0) -> list[list[int]]:
         prompt_buckets=(6,),
         response_width=RESPONSE,
         vocab_size=model.vocab_size,
-        stop_ids=(-1,),
+        stop_ids=tuple(range(0, model.vocab_size, 16)),
         pad_id=0,
         slots=rows,
     )
     params = jax.device_put(random_params(model, 1), qwen3.shardings(model, mesh))
     prompts = [[1 + row, *range(row % 5)] for row in range(ROWS)]
     keys = sequence_keys(0, 0, 0, np.arange(ROWS))
-    return sample(params, prompts, keys, SamplingParams(0.0)).tokens_BxR.tolist()
+    out = sample(params, prompts, keys, drawing)
+    return [
+        row[:length].tolist() for row, length in zip(out.tokens_BxR, out.lengths_B, strict=True)
+    ]
 
 
 def segment_programs() -> dict[str, list[str]]:
@@ -119,10 +137,10 @@ def segment_programs() -> dict[str, list[str]]:
     mesh = sampler.decode_mesh(model, mesh, 2)
     static = {"mesh": mesh, "vocab_size": model.vocab_size}
     params = jax.device_put(random_params(model, 1))
-    weights = slots.prepare(params, model, mesh)
+    stacked, weights = decode.prepare(params, model, mesh)
     state = slots.empty(model, mesh, ROWS, COLUMNS, 5)
     prompts = np.zeros((4, 6), np.int32), np.full(4, 6, np.int32)
-    prefilled = slots.prefill(weights, model, mesh, *prompts)
+    prefilled = slots.prefill(stacked, model, mesh, *prompts)
     start = slots.Refill(
         0,
         *(np.zeros(ROWS, kind) for kind in ("int32", bool, "int32", "int32")),
@@ -205,6 +223,7 @@ def process(base: str, out: pathlib.Path) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     SCRIPT.Progress = AskedOnce
+    short_segments()
     few_slots = f"--config.sampler.slots={ROWS // 2}"
     mesh = "--config.mesh.fsdp=4", "--config.mesh.tensor=2"
     assert train(base, out, *mesh, few_slots) == cli.EXIT_STOPPED

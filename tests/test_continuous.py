@@ -6,7 +6,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from hf_reference import NEW_TOKENS, PAD_ID, load
+from hf_reference import NEW_TOKENS, PAD_ID, PROMPT_WIDTH, load
 from test_sampler import (
     GREEDY,
     NEVER,
@@ -22,15 +22,21 @@ from test_sampler import (
 from opsdc_jax import continuous, sharding, slots
 from opsdc_jax.continuous import Layout
 from opsdc_jax.metrics import CompileCounter
+from opsdc_jax.models import decode, qwen3
 from opsdc_jax.sampling import SamplingParams
 
 SLOTS = 4
+WORTHWHILE = continuous.worthwhile
 
 
 @pytest.fixture(autouse=True)
 def _short_rings(monkeypatch):
-    """Rings of these short responses have more than one size too."""
+    """Rings of these short responses have more than one size too.
+
+    What is expected is of one program, at whatever length.
+    """
     monkeypatch.setattr(continuous, "LEAST_COLUMNS", 16)
+    monkeypatch.setattr(continuous, "worthwhile", lambda slots, responses, _: 0 < slots < responses)
 
 
 def continuously(sampling, *, stop=NEVER, rows=None, prompts=None):
@@ -75,6 +81,52 @@ def test_responses_of_any_length(sampling):
         assert len(set(expected.lengths_B)) > 8
         assert 2 < expected.stopped_B.sum() < ROWS
     assert_same(continuously(sampling, stop=stop), expected)
+
+
+def test_long_contexts_go_in_segments_also_where_every_row_has_a_slot(monkeypatch):
+    """And the first segment is under way before anybody waits."""
+    model, stop = load("untied"), (5, 9)
+    expected = sample(model, SamplingParams(), stop=stop)
+    monkeypatch.setattr(continuous, "worthwhile", WORTHWHILE)
+    columns, advance, read = [], slots.advance, []
+
+    def noted(weights, config, state, *args, **static):
+        columns.append(state.caches[0].keys.shape[2])
+        return advance(weights, config, state, *args, **static)
+
+    get = jax.device_get
+    monkeypatch.setattr(slots, "advance", noted)
+    monkeypatch.setattr(jax, "device_get", lambda tree: read.append(len(columns)) or get(tree))
+    keys, params = training_keys(np.arange(ROWS)), jax.device_put(model.params)
+    with sharding.explicit_transfers():
+        finish = host_sampler(model, stop).start(
+            params, model.inputs.prompts, keys, SamplingParams()
+        )
+        assert len(columns) == 1
+        assert 1 not in read, "nothing of it was read"
+        assert_same(finish(), expected)
+    assert len(columns) > 1
+    assert columns == sorted(columns)
+    assert columns[0] < columns[-1] == PROMPT_WIDTH + NEW_TOKENS
+
+
+def test_weights_that_lie_as_decoding_wants_them_are_not_copied():
+    model = load("untied")
+    mesh = host_sampler(model).mesh
+    given = jax.device_put(model.params, qwen3.shardings(model.config, mesh, sharding.DECODE_RULES))
+    stacked, weights = decode.prepare(given, model.config, mesh)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a is b, stacked, given)))
+    assert "layers" not in weights.params
+    half = dataclasses.replace(model.config, compute_dtype="bfloat16")
+    cast = jax.tree.leaves(decode.prepare(given, half, mesh)[0])
+    assert {leaf.dtype.name for leaf in cast} == {"bfloat16"}
+
+
+def test_keys_may_have_any_number_of_words():
+    """JAX_DEFAULT_PRNG_IMPL=rbg: four. Its draws depend on neighbours, so nothing is compared."""
+    with jax.default_prng_impl("rbg"):
+        got = continuously(SamplingParams(max_tokens=3), rows=np.arange(SLOTS + 1))
+    np.testing.assert_array_equal(got.lengths_B, 3)
 
 
 def test_neither_order_nor_number_of_prompts_changes_a_response():
@@ -147,7 +199,7 @@ def test_responses_come_as_they_end_while_the_next_segment_runs(monkeypatch):
     [(10, 64, False), (10, 25, False), (10, 64, True)],
     ids=["some stop", "small budget", "all stop"],
 )
-def test_a_stream_grows_into_what_generate_returns(segment, budget, all_stop):
+def test_a_stream_grows_into_what_generate_returns(segment, budget, all_stop, monkeypatch):
     """Each piece adds `segment` tokens at most to the one before, and the last is the whole."""
     model, stop = load("untied"), (5, 9)
     params = model.params
@@ -155,10 +207,11 @@ def test_a_stream_grows_into_what_generate_returns(segment, budget, all_stop):
         params, logits = constant_model()
         stop = tuple(np.argsort(logits)[-2:])
     sampling = SamplingParams(max_tokens=budget)
+    monkeypatch.setattr(continuous, "SEGMENT", segment)
     whole = sample(model, sampling, params=params, stop=stop)
     assert whole.stopped_B.all() == all_stop
     growing = host_sampler(model, stop).stream(
-        params, model.inputs.prompts, training_keys(np.arange(ROWS)), sampling, segment
+        params, model.inputs.prompts, training_keys(np.arange(ROWS)), sampling
     )
     pieces = list(itertools.islice(growing, NEW_TOKENS))  # a stream without end fails below
     assert_same(pieces[-1], whole)
@@ -180,8 +233,9 @@ def test_a_stream_grows_into_what_generate_returns(segment, budget, all_stop):
 
 
 def layout(**sizes):
-    defaults = {"rows": 4, "prompt_width": 40, "response_width": 160, "segment": 32}
-    return Layout(model=None, mesh=None, vocab_size=8, pad_id=0, **defaults | sizes)
+    defaults = {"longest_prompt": 40, "response_width": 160, "segment": 32}
+    static = {"model": None, "mesh": None, "vocab_size": 8, "rows": 4, "pad_id": 0}
+    return Layout(prompt_width=8, **static | defaults | sizes)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +249,7 @@ def layout(**sizes):
 )
 def test_the_ring_has_a_handful_of_sizes(prompt, response, columns):
     """The largest holds every context, and the smallest a prompt and what a segment adds."""
-    got = layout(prompt_width=prompt, response_width=response).columns
+    got = layout(longest_prompt=prompt, response_width=response).columns
     assert got == columns
     assert got[0] >= min(prompt + 32, prompt + response)
 
@@ -213,3 +267,19 @@ def test_the_ring_has_a_handful_of_sizes(prompt, response, columns):
 )
 def test_few_responses_take_fewer_slots(slots, responses, parts, rows):
     assert continuous.rows_for(slots, responses, parts) == rows
+
+
+def test_the_ring_follows_the_longest_context_and_does_not_waver():
+    """It grows in time for a segment, and shrinks where it would hold for one more."""
+    sizes = layout()
+    assert sizes.columns == (72, 104, 200)
+    longest_then_columns = [(40, 72), (41, 104), (72, 104), (73, 200), (200, 200)]
+    for longest, columns in longest_then_columns:
+        ring = 72
+        while (new := sizes.next_columns(ring, longest)) != ring:
+            ring = new
+        assert ring == columns, longest
+    assert sizes.next_columns(200, 72) == 200
+    assert sizes.next_columns(200, 40) == 104
+    assert sizes.next_columns(104, 40) == 104
+    assert sizes.next_columns(104, 8) == 72

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, load_script
 
-from opsdc_jax import cli, evaluate
+from opsdc_jax import cli, evaluate, summary
 from opsdc_jax.benchmarks import Benchmark
 from opsdc_jax.config import InputError, default_config
 from opsdc_jax.data import Example
@@ -64,7 +64,7 @@ def examples(numbers):
     return [Example(str(n), str(n), "odd" if n % 2 else "even") for n in numbers]
 
 
-def sampled(numbers, samples=1, first=0):
+def sampled(numbers, samples=1, wanted=None):
     """The lists of rows that are written, one after the other; and the parrot."""
     parrot = Parrot()
     written = evaluate.responses(
@@ -76,15 +76,20 @@ def sampled(numbers, samples=1, first=0):
         sampling=SamplingParams(),
         seed=0,
         samples=samples,
-        first=first,
+        numbers_N=wanted,
     )
     return list(written), parrot
 
 
-def test_each_example_is_answered_once_in_order():
+def in_order(written):
+    rows = [row for part in written for row in part]
+    return sorted(rows, key=lambda row: (row["index"], row["sample"]))
+
+
+def test_each_example_is_answered_once():
     numbers = [2, 3, 4, 2, 3, 4, 2, 3, 4, 6]
     written, _ = sampled(numbers)
-    rows = [row for part in written for row in part]
+    rows = in_order(written)
     assert [len(row["ids"]) for row in rows] == numbers
     assert [row["index"] for row in rows] == list(range(10))
     assert rows[0] == {
@@ -104,31 +109,17 @@ def test_each_example_is_answered_once_in_order():
 
 def test_samples_of_a_problem_stand_side_by_side():
     written, parrot = sampled([2, 3], samples=3)
-    rows = [row for part in written for row in part]
+    assert parrot.prompts == [2, 2, 2, 3, 3, 3]
+    rows = in_order(written)
     assert [(row["index"], row["sample"]) for row in rows] == [
         *((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2))
     ]
     assert len(set(parrot.keys)) == 6
 
 
-def test_a_response_waits_for_its_predecessors():
-    """What is written is always a prefix, as soon as it is there."""
-
-    class Slow(Parrot):
-        def responses(self, params, prompts, keys, sampling):
-            for ended in ([2], [3, 1], [], [0], [4]):
-                yield [self.response(number, prompts[number][0]) for number in ended]
-
-    parrot = Slow()
-    numbers = [2, 3, 4, 2, 3]
-    prompts = [[number] for number in numbers]
-    written = evaluate.responses(
-        *(None, parrot, parrot, examples(numbers), prompts),
-        sampling=SamplingParams(),
-        seed=0,
-        samples=1,
-    )
-    assert [[row["index"] for row in rows] for rows in written] == [[], [], [], [0, 1, 2, 3], [4]]
+def test_a_response_is_written_when_it_ends():
+    written, _ = sampled([2, 3, 4, 2, 3])
+    assert [[row["index"] for row in rows] for rows in written] == [[], [3, 2, 1, 0], [], [4]]
 
 
 def test_keys_depend_on_the_problem_and_the_sample_alone():
@@ -136,7 +127,8 @@ def test_keys_depend_on_the_problem_and_the_sample_alone():
     numbers = [2, 3, 4, 2]
     keys = sampled(numbers, samples=2)[1].keys
     assert len(set(keys)) == 8
-    assert sampled(numbers, samples=2, first=4)[1].keys == keys[4:]
+    wanted = np.array([1, 4, 5])
+    assert sampled(numbers, samples=2, wanted=wanted)[1].keys == [keys[n] for n in wanted]
     assert sampled(numbers)[1].keys == keys[::2]
 
 
@@ -213,15 +205,53 @@ def test_every_cut_of_the_file_ends_in_the_same_bytes(evaluator):
         assert contents(evaluator.folder) == expected, f"cut at byte {end}"
 
 
-def test_sampling_goes_on_at_the_response_that_is_not_whole(evaluator):
+def test_only_what_is_missing_is_sampled(evaluator):
+    """Of lines in any order, whose last is not whole."""
     evaluator.run(BASE, {})
+    expected = contents(evaluator.folder)
     files = SystemFiles(evaluator.folder / "small", "base")
     files.grades.unlink()
     lines = files.responses.read_bytes().splitlines(keepends=True)
-    files.responses.write_bytes(b"".join(lines[:4]) + lines[4][:-1])  # its line break is missing
+    kept = [lines[number] for number in (4, 1, 2, 3)]
+    files.responses.write_bytes(b"".join(kept) + lines[5][:-1])  # its line break is missing
     evaluator.sampler.prompts.clear()
     evaluator.run(BASE, {})
-    assert evaluator.sampler.prompts == [6, 6]
+    assert evaluator.sampler.prompts == [2, 6]
+    assert contents(evaluator.folder) == expected
+
+
+def test_a_kill_before_the_file_was_ordered(evaluator):
+    evaluator.run(BASE, {})
+    expected = contents(evaluator.folder)
+    files = SystemFiles(evaluator.folder / "small", "base")
+    files.grades.unlink()
+    lines = files.responses.read_bytes().splitlines(keepends=True)
+    files.responses.write_bytes(b"".join(reversed(lines)))
+    evaluator.run(BASE, None)
+    assert contents(evaluator.folder) == expected
+
+
+def test_an_incomplete_file_can_be_graded_and_goes_on(evaluator):
+    """Its grades are ordered, and do not pass for those of all responses."""
+    evaluator.run(BASE, {})
+    expected = contents(evaluator.folder)
+    files = SystemFiles(evaluator.folder / "small", "base")
+    lines = files.responses.read_bytes().splitlines(keepends=True)
+    files.responses.write_bytes(b"".join(lines[number] for number in (4, 1, 3)))
+    summary.regrade(evaluator.folder)
+    grades = files.read_grades()
+    assert [(grade["index"], grade["sample"]) for grade in grades] == [(0, 1), (1, 1), (2, 0)]
+    assert evaluator.run(BASE, {})
+    assert contents(evaluator.folder) == expected
+
+
+def test_a_damaged_response_is_named(evaluator):
+    evaluator.run(BASE, {})
+    files = SystemFiles(evaluator.folder / "small", "base")
+    lines = files.responses.read_bytes().splitlines(keepends=True)
+    files.responses.write_bytes(lines[0] + b"[]\n" + lines[2])
+    with pytest.raises(InputError, match=r"base.jsonl:2 is damaged: delete this line"):
+        evaluator.open(BASE)
 
 
 @pytest.mark.parametrize(

@@ -139,14 +139,16 @@ def test_decoding_gathers_no_weight_for_a_token(programs):
     assert max(decode["gathered"]) < smallest
 
 
-def test_decoding_wider_than_the_key_value_heads_changes_no_response(programs):
-    narrow, wide = programs["wide"]
+@pytest.mark.parametrize("drawing", ["greedy", "drawn"])
+def test_neither_wide_decoding_nor_slots_over_devices_change_a_response(drawing, programs):
+    """Wider than the key/value heads; in several segments, whose ring grows."""
+    narrow, *others = programs[drawing]
     assert len({tuple(response) for response in narrow}) > many_devices.ROWS / 2
-    assert wide == narrow
-
-
-def test_slots_over_devices_change_no_response(programs):
-    assert programs["continuous"] == programs["wide"]
+    assert len({len(response) for response in narrow}) > 3
+    assert max(map(len, narrow)) == many_devices.RESPONSE
+    assert len(others) == 3
+    for other in others:
+        assert other == narrow
 
 
 def test_neither_a_refill_nor_another_size_moves_the_cache_between_devices(programs):
@@ -155,6 +157,14 @@ def test_neither_a_refill_nor_another_size_moves_the_cache_between_devices(progr
     exchanged = [shape for shapes in segments.values() for shape in shapes]
     for columns in (many_devices.COLUMNS, many_devices.COLUMNS // 2):
         assert not [shape for shape in exchanged if str(columns) in re.findall(r"\d+", shape)]
+
+
+def test_no_segment_exchanges_logits(programs):
+    """Neither the vocabulary nor a part of it is in a shape that travels."""
+    parts = {str(many_devices.EIGHT.vocab_size // n) for n in (1, 2, 4, 8)}
+    for program in ("refill", "advance"):
+        for shape in programs["segments"][program]:
+            assert not parts & set(re.findall(r"\d+", shape)), (program, shape)
 
 
 def test_the_cache_is_split_over_devices(programs):

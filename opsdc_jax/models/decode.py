@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from opsdc_jax import sharding
 from opsdc_jax.models import attention, qwen3
 from opsdc_jax.models.layers import KVCache, Qwen3Config, rms_norm
 from opsdc_jax.models.qwen3 import Params
@@ -37,6 +39,32 @@ class DecodeLayer(NamedTuple):
     down_DxF: jax.Array
 
 
+class Weights(NamedTuple):
+    """What a token reads: the parameters in compute dtype and decoding's layout.
+
+    Attributes:
+      params: those outside of the layers.
+      layers: `unstack_layers`.
+    """
+
+    params: Params
+    layers: list[DecodeLayer]
+
+
+def for_decoding(params: Params, config: Qwen3Config, mesh: Mesh) -> Params:
+    """The parameters in compute dtype and decoding's layout.
+
+    In two moves: first the heads (and feed-forward width, and vocabulary) are split as they will
+    be, by all-to-alls, then `embed` is gathered. Asked for both at once, the compiler gathers every
+    parameter whole on every device.
+    """
+    params = jax.tree.map(lambda leaf: leaf.astype(config.compute_dtype), params)
+    for rules in ({**sharding.DECODE_RULES, "embed": "fsdp"}, sharding.DECODE_RULES):
+        placed = qwen3.shardings(config, mesh, rules)
+        params = jax.lax.with_sharding_constraint(params, placed)
+    return params
+
+
 def unstack_layers(params: Params, config: Qwen3Config) -> list[DecodeLayer]:
     """Each layer's parameters as leaves of their own: one read out of the stack is copied first."""
     dtype = jnp.dtype(config.compute_dtype)
@@ -58,6 +86,34 @@ def unstack_layers(params: Params, config: Qwen3Config) -> list[DecodeLayer]:
         )
 
     return [layer(i) for i in range(config.num_hidden_layers)]
+
+
+def prepare(params: Params, config: Qwen3Config, mesh: Mesh) -> tuple[Params, Weights]:
+    """The weights of a call, made once: for prefill, and for decoding.
+
+    For prefill they are the given arrays, if these have the dtype and the layout.
+    """
+    ready = jax.tree.map(
+        lambda leaf, place: (
+            isinstance(leaf, jax.Array)
+            and leaf.dtype == config.compute_dtype
+            and leaf.sharding.is_equivalent_to(place, leaf.ndim)
+        ),
+        params,
+        qwen3.shardings(config, mesh, sharding.DECODE_RULES),
+    )
+    if not all(jax.tree.leaves(ready)):
+        params = _for_decoding(params, config, mesh)
+    return params, Weights(outside_layers(params), _unstack_layers(params, config))
+
+
+_for_decoding = jax.jit(for_decoding, static_argnames=("config", "mesh"))
+_unstack_layers = jax.jit(unstack_layers, static_argnames="config")
+
+
+def outside_layers(params: Params) -> Params:
+    """The parameters that belong to no layer."""
+    return {name: leaf for name, leaf in params.items() if name != "layers"}
 
 
 def decode_step(

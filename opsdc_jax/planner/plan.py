@@ -165,8 +165,10 @@ def make_plan(
     """Compiles the programs of the run for the topology and adds up.
 
     But few: the token views (log.token_views) take less than a micro-batch, see token_view.py. Of
-    continuous batching (evaluation, and rollouts in slots) it compiles the segment with the largest
-    cache; a prefill works on a quarter of the rows, a refill on one, a new size on one layer.
+    continuous batching (evaluation, and rollouts of long contexts) it compiles a segment with the
+    largest cache, and beside it the prefill where prompts wait for a slot. Where none waits, all
+    prompts run beside the smallest cache, a quarter of the rows at a time: not counted, nor are a
+    refill, which works on one row, and a new size, which works on one layer.
 
     Args:
       settings: a validated configuration; not changed.
@@ -225,7 +227,7 @@ def _phase(
     """A verdict in its place in the run."""
     batch, every = settings.train.batch_size, settings.teacher.every
     state = parts["weights"] + parts["optimizer"]
-    resident = state + parts["teacher"] - verdict.state + verdict.parts.get("prompts", 0)
+    resident = state + parts["teacher"] - verdict.state
     flops = verdict.cost.get("flops", 0.0) / topology.devices
     runs, moved = {
         "accumulate": (

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from opsdc_jax import continuous, distill, rollout, sampler, sampling, sharding, slots
 from opsdc_jax.config import get
-from opsdc_jax.models import qwen3
+from opsdc_jax.models import decode, qwen3
 from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.models.rope import Yarn
 from opsdc_jax.planner import memory, roofline
@@ -123,9 +123,12 @@ def build(name: str, spec: Mapping[str, Any], mesh: Mesh) -> Program:
     if name in ("rollout", "evaluate"):
         section = "sampler" if name == "rollout" else "eval"
         width = settings[f"{section}.max_response_tokens"]
-        continuously = name == "evaluate" or rows(name, settings) < settings["train.batch_size"]
-        make = _segment if continuously else _generate
-        return make(spec, mesh, like, rows(name, settings), width)
+        B, batch = rows(name, settings), settings["train.batch_size"]
+        columns = settings["sampler.max_prompt_tokens"] + width
+        if name == "rollout" and not continuous.worthwhile(B, batch, columns):
+            return _generate(spec, mesh, like, B, width)
+        refilled = name == "evaluate" or 0 < settings["sampler.slots"] < batch
+        return _segment(spec, mesh, like, B, width, refilled)
     if name == "refresh":
         both = (like.student, like.teacher)
         return Program(step.refresh, both, state=both)
@@ -226,11 +229,21 @@ def _generate(
 
 
 def _segment(
-    spec: Mapping[str, Any], mesh: Mesh, like: distill.TrainState, B: int, width: int
+    spec: Mapping[str, Any],
+    mesh: Mesh,
+    like: distill.TrainState,
+    B: int,
+    width: int,
+    refilled: bool,
 ) -> Program:
     """A segment of continuous batching in B slots, when the ring holds whole contexts.
 
     It counts as if it decoded all `width` tokens.
+
+    Args:
+      refilled: whether there are more prompts than slots. The stacked layers then stay, and a
+        prefill (of a quarter of the slots) runs beside the ring. Else all prompts run first, beside
+        the shortest ring, which is not counted.
     """
     model, settings = _model(spec), spec["settings"]
     mesh = sampler.decode_mesh(model, mesh, settings["mesh.decode_tensor"])
@@ -240,6 +253,7 @@ def _segment(
         vocab_size=spec["vocab_size"],
         rows=B,
         prompt_width=settings["sampler.max_prompt_tokens"],
+        longest_prompt=settings["sampler.max_prompt_tokens"],
         response_width=width,
         segment=continuous.SEGMENT,
         pad_id=0,
@@ -250,29 +264,31 @@ def _segment(
     placed = zip(state, slots.placements(mesh), strict=True)
     state = slots.Slots(*(_lying(part, place) for part, place in placed))
     weights = _decode_weights(like, model, mesh)
-    heads = sharding.spec(sharding.DECODE_RULES, (None, None, "kv_heads", None, None))
-    prompts = jax.ShapeDtypeStruct(
-        (
-            2 * model.num_hidden_layers,
-            layout.prompts,
-            model.num_key_value_heads,
-            layout.prompt_width,
-            model.head_dim,
-        ),
-        model.compute_dtype,
-        sharding=NamedSharding(mesh, heads),
-    )
+    parts = {
+        "decode_weights": memory.device_bytes(weights),
+        "kv_cache": memory.device_bytes(state.caches),
+    }
+    prompts = None
+    if refilled:
+        M, P = layout.prompts, layout.prompt_width
+        prompts = _rows(mesh, jnp.int32, M, P), _rows(mesh, jnp.int32, M)
+        heads = sharding.spec(sharding.DECODE_RULES, (None, None, "kv_heads", None, None))
+        caches = jax.ShapeDtypeStruct(
+            (2 * model.num_hidden_layers, M, model.num_key_value_heads, P, model.head_dim),
+            model.compute_dtype,
+            sharding=NamedSharding(mesh, heads),
+        )
+        parts |= {
+            "prefill_weights": memory.device_bytes(weights["layers"]),
+            "prompts": memory.device_bytes(caches),
+        }
+    rules = slots.Rules(sampling.SamplingParams(), np.zeros(2, np.int32))
     return Program(
         _prepared_segment,
-        (like.student, model, state, slots.Rules(sampling.SamplingParams(), np.zeros(2, np.int32))),
+        (like.student, model, state, rules, prompts),
         {"mesh": mesh, "vocab_size": spec["vocab_size"]},
         state=(like.student,),
-        parts={
-            "decode_weights": memory.device_bytes(weights),
-            "prefill_weights": memory.device_bytes(weights["layers"]),
-            "kv_cache": memory.device_bytes(state.caches),
-            "prompts": memory.device_bytes(prompts),
-        },
+        parts=parts,
         steps=width,
     )
 
@@ -285,13 +301,20 @@ def _prepared_segment(
     model: Qwen3Config,
     state: slots.Slots,
     rules: slots.Rules,
+    prompts: tuple[jax.Array, jax.Array] | None,
     *,
     mesh: Mesh,
     vocab_size: int,
 ) -> Any:
-    """Two programs of a run as one: so the compiler says how the weights between them lie."""
-    weights = slots.prepare(params, model, mesh)
-    return weights, slots.advance(weights, model, state, rules, mesh=mesh, vocab_size=vocab_size)
+    """Programs of a run as one: so the compiler says how what lies between them is split.
+
+    What it returns stays beside all of them.
+    """
+    params = decode.for_decoding(params, model, mesh)
+    weights = decode.Weights(decode.outside_layers(params), decode.unstack_layers(params, model))
+    kept = None if prompts is None else (params, slots.prefill(params, model, mesh, *prompts))
+    advanced = slots.advance(weights, model, state, rules, mesh=mesh, vocab_size=vocab_size)
+    return weights, kept, advanced
 
 
 def _decode_weights(like: distill.TrainState, model: Qwen3Config, mesh: Mesh) -> qwen3.Params:

@@ -54,6 +54,8 @@ holds them too. In brackets: the KV cache of a rollout. A device offers its memo
 compilation. Step: the least seconds of an optimizer step whose rollouts all use their budget, at
 the peak FLOPs and memory bandwidth of the device, without communication; a bound, not a forecast.
 Assumed: what to pass to the run (`--config.KEY=VALUE`) besides the mesh.
+Not counted, of sampling in segments: a refill (works on one row), another size of the cache (one
+layer twice), and, where every rollout has a slot, the prefill (beside the smallest cache).
 
 | {" | ".join(_COLUMNS)} |
 |{"---|" * len(_COLUMNS)}"""
