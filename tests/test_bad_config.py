@@ -112,7 +112,6 @@ TEXTS: list[Case] = [
 ]
 CONTRADICTIONS: list[Case] = [
     ("micro-batches", lambda s: s.train("--config.train.micro_batch_size=5"), "not a multiple of"),
-    ("slots", lambda s: s.train("--config.sampler.slots=5"), "not a multiple of sampler.slots=5"),
     (
         "many samples without chance",
         lambda s: s.train("--config.eval.temperature=0", "--config.eval.samples=2"),
