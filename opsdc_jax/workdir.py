@@ -91,9 +91,9 @@ class Workdir:
     def _refuse_links(self) -> None:
         """A run deletes what it writes anew, and nothing outside of its own folder."""
         ours = (self.eval, self.samples, self.plots, self.checkpoints, self.path / "tensorboard")
-        inside = [path for folder in ours if folder.is_dir() for path in folder.iterdir()]
+        inside = [path for folder in ours if os.path.isdir(folder) for path in folder.iterdir()]
         for path in (*ours, *inside):
-            if path.is_symlink() and path.is_dir():
+            if os.path.islink(path) and os.path.isdir(path):
                 raise InputError(
                     f"{path} is a link to another folder, where nothing must be deleted: put the "
                     "whole --workdir there instead"

@@ -39,7 +39,7 @@ REFUSED = {
         ["--config.data.source={path}/é.jsonl", "--config.sampler.max_response_tokens=99999"],
         "error: sampler.max_prompt_tokens + sampler.max_response_tokens",
     ),
-    "a full disk": ({}, [], "error: {path}/run cannot be written (File too large)"),
+    "a full disk": ({}, [], "error: {path}/run/config.json cannot be written (File too large)"),
 }
 
 
