@@ -87,9 +87,24 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
             config.lr / config.warmup_steps, config.lr, config.warmup_steps - 1
         )
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        clip_by_global_norm(config.clip_norm),
         optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
     )
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """As optax's, but a product with one scalar where that one divides.
+
+    A program computes a quotient once for all that read it, so that a scaled copy of every gradient
+    would lie in memory. A product goes into each of them.
+    """
+
+    def clip(gradients: Params, _: Params | None) -> Params:
+        norm = optax.tree.norm(gradients)
+        factor = jnp.where(norm < limit, 1.0, limit / norm)
+        return jax.tree.map(lambda leaf: leaf * factor, gradients)
+
+    return optax.stateless(clip)
 
 
 def make_train_step(
@@ -106,7 +121,7 @@ def make_train_step(
     """Builds the jitted pieces.
 
     Args:
-      divergence: a key of `losses.DIVERGENCES`.
+      divergence: a key of `divergences.DIVERGENCES`.
       chunk_tokens: response positions whose logits exist at a time, of all rows together.
       vocab_size: the tokenizer's entries.
       shardings: tree of the parameters' shardings; teacher and gradients follow it.
@@ -135,13 +150,21 @@ def make_train_step(
             tokens=jnp.int32(0),
         )
 
-    def loss(student: Params, teacher: Params, batch: DistillBatch) -> tuple[Any, TokenSums]:
+    def loss(
+        student: Params, embedded_BxTxD: jax.Array, teacher: Params, batch: DistillBatch
+    ) -> tuple[Any, TokenSums]:
         R = batch.response_BxR.shape[1]
         student_BxRxD = response_hidden(
-            student, model, mesh, batch.student_BxT, batch.student_prompt_B, batch.lengths_B, R
+            student, model, mesh, embedded_BxTxD, batch.student_prompt_B, batch.lengths_B, R
         )
         teacher_BxRxD = response_hidden(
-            teacher, model, mesh, batch.teacher_BxT, batch.teacher_prompt_B, batch.lengths_B, R
+            teacher,
+            model,
+            mesh,
+            qwen3.embed(teacher, batch.teacher_BxT),
+            batch.teacher_prompt_B,
+            batch.lengths_B,
+            R,
         )
         sums = losses.divergence_sums(
             divergence,
@@ -159,8 +182,18 @@ def make_train_step(
         return sums.divergence, sums
 
     def single(student: Params, teacher: Params, batch: DistillBatch) -> Accumulator:
-        gradients, sums = jax.grad(loss, has_aux=True)(student, teacher, batch)
-        return Accumulator(gradients, sums, tokens=jnp.sum(batch.lengths_B))
+        embedded = qwen3.embed(student, batch.student_BxT)
+        (gradients, embedded_gradient), sums = jax.grad(loss, argnums=(0, 1), has_aux=True)(
+            student, embedded, teacher, batch
+        )
+        # Added onto the gradient of the tied head: differentiated with the rest, the look-up would
+        # have an array of the embedding's size to itself first.
+        embedding_gradient = gradients["embedding"].at[batch.student_BxT].add(embedded_gradient)
+        return Accumulator(
+            gradients=gradients | {"embedding": embedding_gradient},
+            sums=sums,
+            tokens=jnp.sum(batch.lengths_B),
+        )
 
     def accumulate(
         student: Params, teacher: Params, accumulator: Accumulator, batch: DistillBatch
@@ -176,7 +209,7 @@ def make_train_step(
         state: TrainState, accumulator: Accumulator
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         tokens = jnp.maximum(accumulator.tokens, 1).astype(jnp.float32)
-        gradients = jax.tree.map(lambda leaf: leaf / tokens, accumulator.gradients)
+        gradients = jax.tree.map(lambda leaf: leaf * (1 / tokens), accumulator.gradients)
         moments = state.optimizer
         if offload_optimizer:
             moments = jax.device_put(moments, on_device)
@@ -253,7 +286,7 @@ def response_hidden(
     params: Params,
     model: Qwen3Config,
     mesh: Mesh | None,
-    tokens_BxT: jax.Array,
+    embedded_BxTxD: jax.Array,
     prompt_B: jax.Array,
     lengths_B: jax.Array,
     width: int,
@@ -261,10 +294,11 @@ def response_hidden(
     """Hidden states that predict response tokens 0..width-1 of each row, [B, R, D].
 
     Args:
+      embedded_BxTxD: `qwen3.embed` of the rows' tokens.
       prompt_B, lengths_B: tokens of each row's prompt, and of the response after it.
     """
-    hidden_BxTxD = qwen3.forward(
-        params, model, tokens_BxT, lengths_B=prompt_B + lengths_B, mesh=mesh
+    hidden_BxTxD = qwen3.forward_embedded(
+        params, model, embedded_BxTxD, lengths_B=prompt_B + lengths_B, mesh=mesh
     )
     positions_BxR = prompt_B[:, None] - 1 + jnp.arange(width)
     # A padding row may have no prompt: its position -1 is masked later, it only has to exist.

@@ -21,7 +21,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from opsdc_jax import sharding
+from opsdc_jax.divergences import DIVERGENCES, Divergence, Pair, Slopes, moments
 from opsdc_jax.models.attention import MASKED
+
+# Entries of the vocabulary whose slopes a CPU forms at a time, see `_add_gradients`.
+BLOCK = 4096
 
 
 class TokenSums(NamedTuple):
@@ -38,86 +42,6 @@ class TokenSums(NamedTuple):
     teacher_entropy: jax.Array
     gap: jax.Array
     gap_max: jax.Array
-
-
-class Moments(NamedTuple):
-    """Sums over the vocabulary with the weights w = exp(logits - highest) of one side, each [C].
-
-    Attributes:
-      total: sum of w.
-      own: sum of w * (logits - highest).
-      gap: sum of w * (this side's logits - the other's, each below its highest).
-    """
-
-    total: jax.Array
-    own: jax.Array
-    gap: jax.Array
-
-    @property
-    def entropy(self) -> jax.Array:
-        return jnp.log(self.total) - self.own / self.total
-
-
-class Pair(NamedTuple):
-    """A chunk's logits of student (q) and teacher (p), each below its row's highest.
-
-    Attributes:
-      student_CxV, teacher_CxV: float32.
-      student, teacher: their moments over the whole vocabulary.
-      add_up: adds a [C] sum over the own part of the vocabulary up over the devices.
-    """
-
-    student_CxV: jax.Array
-    teacher_CxV: jax.Array
-    student: Moments
-    teacher: Moments
-    add_up: Callable[[jax.Array], jax.Array]
-
-
-Divergence = Callable[[Pair], tuple[jax.Array, jax.Array]]
-
-
-def reverse_kl(pair: Pair) -> tuple[jax.Array, jax.Array]:
-    """KL(q || p) = sum_v q (log q - log p), the loss of OPSDC; [C], and its slopes [C, V].
-
-    With d = student's - teacher's logits, the slope with respect to a student's logit is
-    q (log q - log p - KL) = q (d - sum_v q d): the normalisers cancel.
-    """
-    mean_gap = pair.student.gap / pair.student.total
-    log_ratio = jnp.log(pair.teacher.total / pair.student.total)
-    q = jnp.exp(pair.student_CxV) / pair.student.total[:, None]
-    gaps = pair.student_CxV - pair.teacher_CxV
-    return mean_gap + log_ratio, q * (gaps - mean_gap[:, None])
-
-
-def forward_kl(pair: Pair) -> tuple[jax.Array, jax.Array]:
-    """KL(p || q) = sum_v p (log p - log q), [C]; and its slopes q - p, [C, V]."""
-    log_ratio = jnp.log(pair.student.total / pair.teacher.total)
-    q = jnp.exp(pair.student_CxV) / pair.student.total[:, None]
-    p = jnp.exp(pair.teacher_CxV) / pair.teacher.total[:, None]
-    return pair.teacher.gap / pair.teacher.total + log_ratio, q - p
-
-
-def jsd(pair: Pair) -> tuple[jax.Array, jax.Array]:
-    """Jensen-Shannon divergence (KL(q || m) + KL(p || m)) / 2 with m = (q + p) / 2, [C].
-
-    The slopes, [C, V], are q (log(q / m) - KL(q || m)) / 2.
-    """
-    q = jnp.exp(pair.student_CxV) / pair.student.total[:, None]
-    p = jnp.exp(pair.teacher_CxV) / pair.teacher.total[:, None]
-    log_ratio = jnp.log(pair.student.total / pair.teacher.total)[:, None]
-    log_p_over_q = pair.teacher_CxV - pair.student_CxV + log_ratio
-    log_q_over_m = jnp.log(2.0) - jax.nn.softplus(log_p_over_q)
-    from_q = pair.add_up(jnp.sum(q * log_q_over_m, axis=-1))
-    from_p = pair.add_up(jnp.sum(p * (log_q_over_m + log_p_over_q), axis=-1))
-    return 0.5 * (from_q + from_p), 0.5 * q * (log_q_over_m - from_q[:, None])
-
-
-DIVERGENCES: dict[str, Divergence] = {
-    "reverse_kl": reverse_kl,
-    "forward_kl": forward_kl,
-    "jsd": jsd,
-}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -141,7 +65,7 @@ def divergence_sums(
     in float32.
 
     Args:
-      name: a key of `DIVERGENCES`.
+      name: a key of `divergences.DIVERGENCES`.
       vocab_size: the tokenizer's entries; both sides are normalised over them.
       chunk_tokens: positions of a chunk, of all rows together; at least one of each row.
       mesh: where the arrays are, rows split over its batch axes; None is one device.
@@ -288,7 +212,7 @@ def _local(
     ) -> tuple[tuple, jax.Array]:
         sums, head_gradient = carry
         student_CxD = gathered(student)
-        partial, slopes_CxV = _chunk(
+        partial, pair, slopes = _chunk(
             divergence,
             _logits(student_CxD, student_head_VxD, ids_V, vocab_size),
             _logits(gathered(teacher), teacher_head_VxD, ids_V, vocab_size),
@@ -296,9 +220,14 @@ def _local(
             vocab_axes,
             *(label.reshape(-1) for label in labels),
         )
-        slopes_CxV = slopes_CxV.astype(student_CxD.dtype)
-        hidden_gradient = _product("cv,vd->cd", slopes_CxV, student_head_VxD)
-        head_gradient = head_gradient + _product("cv,cd->vd", slopes_CxV, student_CxD)
+        hidden_gradient, head_gradient = _add_gradients(
+            slopes,
+            head_gradient,
+            pair.student_CxV,
+            pair.teacher_CxV,
+            student_CxD,
+            student_head_VxD,
+        )
         carry = merge_sums(sums, partial), head_gradient
         return carry, scattered(hidden_gradient).astype(student_BxRxD.dtype)
 
@@ -307,6 +236,59 @@ def _local(
     (sums, head_gradient), hidden_gradient = jax.lax.scan(add, carry, jnp.arange(count) * width)
     hidden_gradient = jnp.moveaxis(hidden_gradient, 0, 1).reshape(B, count * width, D)
     return sums, hidden_gradient[:, :R], head_gradient
+
+
+def _add_gradients(
+    slopes: Slopes, head_gradient_VxD: jax.Array, *arrays: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A chunk's gradients: of its hidden states [C, D], and added to that of the head [V, D].
+
+    Args:
+      arrays: logits of student and teacher [C, V], the student's hidden states, its head.
+    """
+
+    def whole(
+        head_gradient: jax.Array,
+        student_CxW: jax.Array,
+        teacher_CxW: jax.Array,
+        hidden_CxD: jax.Array,
+        head_WxD: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        slopes_CxW = slopes(student_CxW, teacher_CxW).astype(hidden_CxD.dtype)
+        hidden_gradient = _product("cv,vd->cd", slopes_CxW, head_WxD)
+        return hidden_gradient, head_gradient + _product("cv,cd->vd", slopes_CxW, hidden_CxD)
+
+    def in_blocks(
+        head_gradient: jax.Array,
+        student_CxV: jax.Array,
+        teacher_CxV: jax.Array,
+        hidden_CxD: jax.Array,
+        head_VxD: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """A CPU would hold the slopes, and a product of the head's size beside the gradient."""
+
+        def add(start: jax.Array | int, carry: tuple, width: int) -> tuple:
+            hidden_gradient, head_gradient = carry
+            rows = functools.partial(
+                jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=width
+            )
+            more, block = whole(
+                rows(head_gradient),
+                rows(student_CxV, axis=1),
+                rows(teacher_CxV, axis=1),
+                hidden_CxD,
+                rows(head_VxD),
+            )
+            head_gradient = jax.lax.dynamic_update_slice_in_dim(head_gradient, block, start, 0)
+            return hidden_gradient + more, head_gradient
+
+        width = min(BLOCK, len(head_VxD))
+        blocks, rest = divmod(len(head_VxD), width)
+        carry = jnp.zeros(hidden_CxD.shape, jnp.float32), head_gradient
+        carry = jax.lax.fori_loop(0, blocks, lambda i, carry: add(i * width, carry, width), carry)
+        return add(blocks * width, carry, rest) if rest else carry
+
+    return jax.lax.platform_dependent(head_gradient_VxD, *arrays, cpu=in_blocks, default=whole)
 
 
 def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
@@ -329,17 +311,18 @@ def _chunk(
     tokens_C: jax.Array,
     logprobs_C: jax.Array,
     mask_C: jax.Array,
-) -> tuple[TokenSums, jax.Array]:
-    """One chunk's sums, and the slopes of its summed divergence by the student's logits [C, V]."""
+) -> tuple[TokenSums, Pair, Slopes]:
+    """One chunk's sums, its pair, and the slopes of its summed divergence."""
     student_CxV, teacher_CxV = (
         logits - jax.lax.pmax(jnp.max(logits, axis=-1), vocab_axes)[:, None]
         for logits in (student_CxV, teacher_CxV)
     )
     add_up = functools.partial(jax.lax.psum, axis_name=vocab_axes)
     student, teacher = add_up(
-        (_moments(student_CxV, teacher_CxV), _moments(teacher_CxV, student_CxV))
+        (moments(student_CxV, teacher_CxV), moments(teacher_CxV, student_CxV))
     )
-    divergence_C, slopes_CxV = divergence(Pair(student_CxV, teacher_CxV, student, teacher, add_up))
+    pair = Pair(student_CxV, teacher_CxV, student, teacher, add_up)
+    divergence_C, slopes = divergence(pair)
     column_C = tokens_C - ids_V[0]
     here_C = (column_C >= 0) & (column_C < len(ids_V))  # ids of other devices' rows give zero
     logit_C = jnp.take_along_axis(student_CxV, column_C[:, None], axis=-1, mode="clip")[:, 0]
@@ -356,32 +339,7 @@ def _chunk(
         gap=jnp.sum(gap_C),
         gap_max=jnp.max(gap_C),
     )
-    return sums, jnp.where(mask_C[:, None], slopes_CxV, 0.0)
-
-
-def _moments(own_CxV: jax.Array, other_CxV: jax.Array) -> Moments:
-    """Moments over this device's part of the vocabulary, in one pass over the logits."""
-
-    def terms(own: jax.Array, other: jax.Array) -> tuple[jax.Array, ...]:
-        weights = jnp.exp(own)
-        return weights, weights * own, weights * (own - other)
-
-    def plain(own: jax.Array, other: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(jnp.sum(term, axis=-1) for term in terms(own, other))
-
-    def grouped(own: jax.Array, other: jax.Array) -> tuple[jax.Array, ...]:
-        """A CPU takes one pass a sum, unless told. Told, it adds one by one: so only short runs."""
-        C, V = own.shape
-        shape = C, -1, math.gcd(V, 128)
-        sums = jax.lax.reduce(
-            terms(own.reshape(shape), other.reshape(shape)),
-            (0.0, 0.0, 0.0),
-            lambda left, right: tuple(map(jnp.add, left, right)),
-            (2,),
-        )
-        return tuple(jnp.sum(part, axis=-1) for part in sums)
-
-    return Moments(*jax.lax.platform_dependent(own_CxV, other_CxV, cpu=grouped, default=plain))
+    return sums, pair, lambda *logits: jnp.where(mask_C[:, None], slopes(*logits), 0.0)
 
 
 def zero_sums() -> TokenSums:

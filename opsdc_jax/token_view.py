@@ -76,7 +76,7 @@ def make_compare(
 
         def hidden(params: Params, tokens_BxT: jax.Array, prompt_B: jax.Array) -> jax.Array:
             hidden_BxRxD = response_hidden(
-                params, model, mesh, tokens_BxT, prompt_B, batch.lengths_B, R
+                params, model, mesh, qwen3.embed(params, tokens_BxT), prompt_B, batch.lengths_B, R
             )
             return hidden_BxRxD.reshape(B * R, -1)
 

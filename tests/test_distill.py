@@ -281,7 +281,13 @@ def test_response_positions_predict_the_response(student):
     tokens = jnp.array([[3, 4, 5, 6, 7, 8], [9, 8, 7, 6, 5, 4]])
     hidden = qwen3.forward(student, SMALL, tokens)
     got = distill.response_hidden(
-        student, SMALL, None, tokens, jnp.array([2, 4]), jnp.array([2, 2]), 2
+        student,
+        SMALL,
+        None,
+        qwen3.embed(student, tokens),
+        jnp.array([2, 4]),
+        jnp.array([2, 2]),
+        2,
     )
     np.testing.assert_array_equal(got[0], hidden[0, 1:3])
     np.testing.assert_array_equal(got[1], hidden[1, 3:5])

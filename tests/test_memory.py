@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from helpers import SMALL, shapes_within
 
-from opsdc_jax import distill, losses, sharding
+from opsdc_jax import distill, divergences, losses, sharding
 from opsdc_jax.models import qwen3
 from opsdc_jax.rollout import DistillBatch
 
@@ -19,7 +19,7 @@ OPTIM = types.SimpleNamespace(
 )
 
 
-def train_step(model, mesh=None, chunk_tokens=512):
+def train_step(model, mesh=None, chunk_tokens=512, teacher_dtype="bfloat16"):
     mesh = mesh or sharding.make_mesh({"replica": 1, "fsdp": -1, "tensor": 1})
     return distill.make_train_step(
         model,
@@ -28,7 +28,7 @@ def train_step(model, mesh=None, chunk_tokens=512):
         chunk_tokens=chunk_tokens,
         vocab_size=model.vocab_size,
         shardings=qwen3.shardings(model, mesh),
-        teacher_dtype="bfloat16",
+        teacher_dtype=teacher_dtype,
     )
 
 
@@ -90,7 +90,7 @@ def test_the_train_step_is_one_program_at_any_depth():
     assert min(shallow) > 100
 
 
-@pytest.mark.parametrize("name", list(losses.DIVERGENCES))
+@pytest.mark.parametrize("name", list(divergences.DIVERGENCES))
 def test_memory_of_the_loss_does_not_grow_with_tokens_by_vocabulary(name):
     """Four times the tokens need the temporaries of their hidden states more, no more."""
     V, D = 4096, 16
@@ -112,3 +112,18 @@ def test_memory_of_the_loss_does_not_grow_with_tokens_by_vocabulary(name):
     short, long = temporary_bytes(256), temporary_bytes(1024)
     assert short >= 64 * V * 4, "a chunk's logits are there"
     assert long - short <= 4 * 768 * D * 4
+
+
+def test_no_second_array_of_the_embeddings_size_lies_beside_its_gradient():
+    """Neither a chunk's part of the head's gradient nor that of the look-up; clipping adds one."""
+    model = dataclasses.replace(SMALL, vocab_size=2**15)
+    embedding_bytes = model.vocab_size * model.hidden_size * 4
+    jitted = train_step(model, chunk_tokens=2, teacher_dtype="float32")
+    student, teacher, accumulator, batch = accumulate_arguments(jitted, abstract_batch(1, 4, 8))
+    single = jitted.single.lower(student, teacher, batch)
+    apply = jitted.apply.lower(jitted.like, accumulator)
+    temporary = [
+        program.compile().memory_analysis().temp_size_in_bytes for program in (single, apply)
+    ]
+    assert temporary[0] < embedding_bytes
+    assert temporary[1] < 1.5 * embedding_bytes

@@ -94,7 +94,7 @@ def trainers_logprobs(params, config, batch, entries):
         params,
         config,
         None,
-        batch.student_BxT,
+        qwen3.embed(params, batch.student_BxT),
         batch.student_prompt_B,
         batch.lengths_B,
         batch.response_BxR.shape[1],

@@ -65,7 +65,7 @@ def hidden():
     """The hidden states that predict the responses, of student and teacher: [3, 12, 32] each."""
     states = jax.jit(
         lambda params, tokens, prompt: distill.response_hidden(
-            params, SMALL, None, tokens, prompt, BATCH.lengths_B, 12
+            params, SMALL, None, qwen3.embed(params, tokens), prompt, BATCH.lengths_B, 12
         )
     )
     return (

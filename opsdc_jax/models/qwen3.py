@@ -56,16 +56,13 @@ class Qwen3(nnx.Module):
         if not config.tie_word_embeddings:
             self.head = weight(rngs, shape, axes)
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding[...][tokens].astype(self.config.compute_dtype)
-
     def rotary(self, positions_BxT: jax.Array) -> tuple[jax.Array, ...]:
         config = self.config
         return rotary_tables(positions_BxT, config.head_dim, config.rope_theta, config.yarn)
 
     def __call__(
         self,
-        tokens_BxT: jax.Array,
+        embedded_BxTxD: jax.Array,
         positions_BxT: jax.Array,
         attend: Attend,
         mesh: Mesh | None,
@@ -87,7 +84,7 @@ class Qwen3(nnx.Module):
         if self.config.remat != "none":
             policy = REMAT_POLICIES[self.config.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        x = placed(self.embed(tokens_BxT))
+        x = placed(embedded_BxTxD.astype(self.config.compute_dtype))
         x, caches = jax.lax.scan(body, x, layers, unroll=_unrolls(self.config, mesh))
         return self.final_norm(x), caches
 
@@ -148,6 +145,11 @@ def shardings(
     return sharding.param_shardings(mesh, logical_axes(config), abstract_params(config), rules)
 
 
+def embed(params: Params, tokens: jax.Array) -> jax.Array:
+    """The tokens' rows of the embedding, [..., D]."""
+    return params["embedding"][tokens]
+
+
 def forward(
     params: Params,
     config: Qwen3Config,
@@ -167,6 +169,28 @@ def forward(
       lengths_B: tokens of rows padded on the right, see `attention.attention`.
       mesh: where the arrays are; None is one device.
     """
+    return forward_embedded(
+        params,
+        config,
+        embed(params, tokens_BxT),
+        positions_BxT=positions_BxT,
+        valid_BxT=valid_BxT,
+        lengths_B=lengths_B,
+        mesh=mesh,
+    )
+
+
+def forward_embedded(
+    params: Params,
+    config: Qwen3Config,
+    embedded_BxTxD: jax.Array,
+    *,
+    positions_BxT: jax.Array | None = None,
+    valid_BxT: jax.Array | None = None,
+    lengths_B: jax.Array | None = None,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """`forward` from what `embed` gives, for a caller who wants the gradient by that."""
     attend: Attend = functools.partial(
         attention.attention,
         implementation=config.attention,
@@ -175,15 +199,15 @@ def forward(
         mesh=mesh,
     )
     if positions_BxT is None:
-        positions_BxT = jnp.arange(tokens_BxT.shape[1], dtype=jnp.int32)[None, :]
-    B, T = tokens_BxT.shape
+        positions_BxT = jnp.arange(embedded_BxTxD.shape[1], dtype=jnp.int32)[None, :]
+    B, T, D = embedded_BxTxD.shape
     if mesh is None or mesh.size == 1:
         # Products of two-dimensional arrays: for the gradient of a weight, a sum over rows and
         # positions, XLA would otherwise copy both factors into another order first.
         positions_BxT = jnp.broadcast_to(positions_BxT, (B, T)).reshape(B * T)
-        tokens_BxT, attend = tokens_BxT.reshape(B * T), _row_by_row(attend, B)
-    hidden, _ = _run(params, config, tokens_BxT, positions_BxT, attend, mesh, keep=False)
-    return hidden.reshape(B, T, -1)
+        embedded_BxTxD, attend = embedded_BxTxD.reshape(B * T, D), _row_by_row(attend, B)
+    hidden, _ = _run(params, config, embedded_BxTxD, positions_BxT, attend, mesh, keep=False)
+    return hidden.reshape(B, T, D)
 
 
 def _row_by_row(attend: Attend, B: int) -> Attend:
@@ -213,7 +237,8 @@ def prefill(
     attend = functools.partial(
         attention.attention, implementation=config.attention, valid_BxT=valid_BxT, mesh=mesh
     )
-    hidden, caches = _run(params, config, tokens_BxT, positions_BxT, attend, mesh, keep=True)
+    embedded_BxTxD = embed(params, tokens_BxT)
+    hidden, caches = _run(params, config, embedded_BxTxD, positions_BxT, attend, mesh, keep=True)
     assert caches is not None
     return hidden, caches
 
@@ -221,14 +246,14 @@ def prefill(
 def _run(
     params: Params,
     config: Qwen3Config,
-    tokens_BxT: jax.Array,
+    embedded_BxTxD: jax.Array,
     positions_BxT: jax.Array,
     attend: Attend,
     mesh: Mesh | None,
     keep: bool,
 ) -> tuple[jax.Array, KVCache | None]:
     model = nnx.merge(described(config)[0], params)
-    return model(tokens_BxT, positions_BxT, attend, mesh, keep)
+    return model(embedded_BxTxD, positions_BxT, attend, mesh, keep)
 
 
 def unembedding(params: Params) -> jax.Array:
