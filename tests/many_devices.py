@@ -161,9 +161,10 @@ def segment_programs() -> dict[str, list[str]]:
 
 
 def decode_program(text: str) -> dict[str, object]:
-    """Elements gathered in the loops of a generate call, and the shapes of its arrays."""
+    """What the loops of a generate call exchange, in elements, and the shapes of its arrays."""
     return {
         "loops": len(re.findall(r" while\(", text)),
+        "reductions": sum(text.count(" all-reduce(") for text in in_loops(text)),
         "gathered": [
             int(np.prod([int(size) for size in shape.split(",") if size]))
             for block in in_loops(text)

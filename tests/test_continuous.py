@@ -122,13 +122,6 @@ def test_weights_that_lie_as_decoding_wants_them_are_not_copied():
     assert {leaf.dtype.name for leaf in cast} == {"bfloat16"}
 
 
-def test_keys_may_have_any_number_of_words():
-    """JAX_DEFAULT_PRNG_IMPL=rbg: four. Its draws depend on neighbours, so nothing is compared."""
-    with jax.default_prng_impl("rbg"):
-        got = continuously(SamplingParams(max_tokens=3), rows=np.arange(SLOTS + 1))
-    np.testing.assert_array_equal(got.lengths_B, 3)
-
-
 def test_neither_order_nor_number_of_prompts_changes_a_response():
     """Also numbers that are no multiple of the slots."""
     model, stop = load("untied"), (5, 9)

@@ -134,9 +134,9 @@ def test_two_processes_are_one_device_even_when_stopped_between(base, one_device
 def test_decoding_gathers_no_weight_for_a_token(programs):
     decode, model = programs["decode"], many_devices.EIGHT
     assert decode["loops"] >= 1, "over the tokens"
-    assert decode["gathered"], "the candidates for the next token come together, if nothing else"
+    assert decode["reductions"], "sums over split heads come together, if nothing else"
     smallest = model.hidden_size * model.num_key_value_heads * model.head_dim
-    assert max(decode["gathered"]) < smallest
+    assert max(decode["gathered"], default=0) < smallest
 
 
 @pytest.mark.parametrize("drawing", ["greedy", "drawn"])
