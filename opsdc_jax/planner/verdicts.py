@@ -26,6 +26,7 @@ SOURCES = (
     "config.py",
     "continuous.py",
     "distill.py",
+    "divergences.py",
     "losses.py",
     "models",
     "planner/hlo.py",
