@@ -34,7 +34,8 @@ def used(tree):
         if isinstance(node, ast.Call):
             called = node.func
             name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
-            if name in CALLS or getattr(called, "id", "") == "compile":
+            # Without an argument nothing is run: torch's `.eval()` switches a module's mode.
+            if node.args and (name in CALLS or getattr(called, "id", "") == "compile"):
                 yield name, node.lineno
             for keyword in node.keywords:
                 if keyword.arg in SWITCHES:
