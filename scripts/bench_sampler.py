@@ -48,7 +48,7 @@ from opsdc_jax.config import InputError
 from opsdc_jax.models import qwen3
 from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.models.qwen3 import Params
-from opsdc_jax.models.shapes import SHAPES
+from opsdc_jax.models.shapes import BENCHMARK_SHAPES
 
 GIB = 2**30
 NEEDS = {"torch": ("torch", "pip install torch"), "tunix": ("tunix", "pip install google-tunix")}
@@ -63,17 +63,11 @@ class Case(NamedTuple):
     new: int
 
 
-def _shape(
-    layers: int, hidden: int, heads: tuple[int, int, int], mlp: int, vocabulary: int
-) -> Qwen3Config:
-    return Qwen3Config(vocabulary, hidden, mlp, layers, *heads, tie_word_embeddings=True)
-
-
 CASES: Mapping[str, Case] = {
-    "tiny": Case(_shape(4, 128, (4, 2, 32), 384, 256), batch=32, prompt=32, new=128),
-    "small": Case(_shape(8, 512, (8, 4, 64), 1536, 8192), batch=16, prompt=64, new=128),
-    "v152k": Case(_shape(4, 512, (8, 4, 64), 1536, 151_936), batch=16, prompt=64, new=32),
-    "q06": Case(SHAPES["qwen3_0p6b"], batch=8, prompt=64, new=32),
+    "tiny": Case(BENCHMARK_SHAPES["tiny"], batch=32, prompt=32, new=128),
+    "small": Case(BENCHMARK_SHAPES["small"], batch=16, prompt=64, new=128),
+    "v152k": Case(BENCHMARK_SHAPES["v152k"], batch=16, prompt=64, new=32),
+    "q06": Case(BENCHMARK_SHAPES["q06"], batch=8, prompt=64, new=32),
 }
 
 

@@ -37,29 +37,8 @@ from absl import flags
 from opsdc_jax import cli, config, distill, rollout, sharding
 from opsdc_jax.models import qwen3
 from opsdc_jax.models.layers import Qwen3Config
-from opsdc_jax.models.shapes import SHAPES
+from opsdc_jax.models.shapes import BENCHMARK_SHAPES
 
-
-def _tied(width: int, mlp: int, layers: int, heads: int, head_dim: int, vocab: int) -> Qwen3Config:
-    """A model with two query heads per key/value head."""
-    return Qwen3Config(
-        vocab_size=vocab,
-        hidden_size=width,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
-        head_dim=head_dim,
-        tie_word_embeddings=True,
-    )
-
-
-MODELS = {
-    "tiny": _tied(128, 384, 4, 4, 32, 256),
-    "small": _tied(512, 1536, 8, 8, 64, 8192),
-    "v152k": _tied(512, 1536, 4, 8, 64, 151_936),
-    "q06": SHAPES["qwen3_0p6b"],
-}
 SIDES = ("jax", "torch")
 PRODUCT = 3072, 512, 1536  # the product whose rate is the bound
 ADAMW = config.default_config().optim
@@ -91,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     defaults = config.default_config()
     values = flags.FlagValues()
     define = {"flag_values": values}
-    flags.DEFINE_enum("shape", "small", list(MODELS), "architecture", **define)
+    flags.DEFINE_enum("shape", "small", list(BENCHMARK_SHAPES), "architecture", **define)
     flags.DEFINE_integer("batch", 16, "rows of a step", **define)
     flags.DEFINE_integer("micro_batch", 0, "rows at a time; 0: all; torch: all", **define)
     flags.DEFINE_integer("prompt", 64, "tokens of each side's prompts", **define)
@@ -105,7 +84,9 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_enum("against", None, ["torch"], "compare with it, in turns", **define)
     flags.DEFINE_integer("pairs", 5, "of processes, with --against", **define)
     args = cli.parse(values, argv)
-    work = Work(MODELS[args.shape], **{name: getattr(args, name) for name in Work._fields[1:]})
+    work = Work(
+        BENCHMARK_SHAPES[args.shape], **{name: getattr(args, name) for name in Work._fields[1:]}
+    )
     work = work._replace(micro_batch=work.micro_batch or work.batch)
     if work.batch % work.micro_batch:
         raise config.InputError(

@@ -145,7 +145,6 @@ def train(
         checkpoints = stack.enter_context(
             checkpoint.Checkpointer(workdir.checkpoints, settings.checkpoint.keep, about)
         )
-        checkpoints.best = distributed.first_does(lambda: best_student(workdir.eval))
         metrics_file = None
         if distributed.is_first():
             mirrors = open_mirrors(workdir.path, settings, first_step)
