@@ -32,6 +32,7 @@ from opsdc_jax.statistics import HEADLINE
 from opsdc_jax.tiny import pretrain, task, tokenizer
 
 PROMPT_WIDTH, RESPONSE_WIDTH = 40, 160  # tokens, in the measurement
+SLOTS = 64  # rows that decode at a time
 REPORT_EVERY = 20  # steps
 
 
@@ -110,6 +111,7 @@ def measure(
         vocab_size=len(words),
         stop_ids=(words.eos_token_id,),
         pad_id=words.pad_token_id,
+        slots=SLOTS,
     )
     examples = data.tiny_evaluation(0, samples_per_level)
     measured = {}
@@ -125,7 +127,6 @@ def measure(
             sampling=SamplingParams(),
             seed=0,
             samples=1,
-            batch_size=256,
         )
         rows = [row for batch in batches for row in batch]
         measured[name or "plain"] = {

@@ -240,10 +240,12 @@ def test_script_lowers_the_loss_and_writes_a_loadable_folder(tmp_path, monkeypat
     monkeypatch.setattr(script, "REPORT_EVERY", 1)
     folder = tmp_path / "base"
     code = script.main(
-        ["pretrain_tiny.py", f"--out={folder}", "--steps_scale=0.0125", "--samples_per_level=0"]
+        ["pretrain_tiny.py", f"--out={folder}", "--steps_scale=0.0125", "--samples_per_level=1"]
     )
     assert code == 0
-    losses = list(json.loads((folder / "recipe.json").read_text())["loss"].values())
+    record = json.loads((folder / "recipe.json").read_text())
+    assert record["measured"].keys() == {name or "plain" for name in pretrain.MIX}
+    losses = list(record["loss"].values())
     assert losses[-1] < losses[0]
     config = hf.load_config(folder)
     params = weights.load_params(folder, config)
