@@ -9,7 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-DIVERGENCE_NAMES = ("reverse_kl", "forward_kl", "jsd")
+DIVERGENCE_NAMES = ("reverse_kl", "forward_kl", "jsd", "nll")
+WEIGHT_RULES = ("tokens", "sequences", "micro_batches")
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "attention", "dots")
 GUARD_ACTIONS = ("stop", "warn")
@@ -62,13 +63,20 @@ def default_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = 100  # the paper reports step 99-100
     config.train.batch_size = 32  # prompts a step, one response each; paper
-    config.train.micro_batch_size = 4  # rows in memory at a time; changes no result
+    # Rows in memory at a time; changes no result, but with loss.weights="micro_batches"
+    config.train.micro_batch_size = 4
 
     config.teacher = ConfigDict()
     config.teacher.every = 50  # M: steps between refreshes of the teacher, 0 = frozen; paper
 
     config.loss = ConfigDict()
-    config.loss.divergence = "reverse_kl"  # or "forward_kl", "jsd"; paper: reverse_kl
+    # or "forward_kl", "jsd", or for the baselines "nll", -log q of the sampled token; paper:
+    # reverse_kl
+    config.loss.divergence = "reverse_kl"
+    # "tokens": mean over the response tokens of the step (paper); "sequences": mean of the
+    # responses' means; "micro_batches": mean of the micro-batches' means, as the reference code
+    # gives it, which depends on train.micro_batch_size
+    config.loss.weights = "tokens"
     config.loss.chunk_tokens = 512  # response tokens whose logits exist at a time
 
     config.optim = ConfigDict()  # AdamW
@@ -184,6 +192,7 @@ _CHOICES = {
     "model.attention": ATTENTION_NAMES,
     "model.remat": REMAT_POLICIES,
     "loss.divergence": DIVERGENCE_NAMES,
+    "loss.weights": WEIGHT_RULES,
     "guards.action": GUARD_ACTIONS,
 }
 

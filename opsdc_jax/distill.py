@@ -2,7 +2,8 @@
 
 One optimizer step is `accumulate` for each micro-batch, then `apply` once. The loss is the sum of
 the divergence over all response tokens of the global batch divided by their number (OPSDC, arXiv
-2603.05433), so neither the packing into micro-batches nor padding rows change the gradient.
+2603.05433), so neither the packing into micro-batches nor padding rows change the gradient. Other
+means are other weights and shares of a batch's rows (`rollout.loss_weights`).
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from opsdc_jax import losses, sharding
+from opsdc_jax import divergences, losses, sharding
 from opsdc_jax.losses import TokenSums
 from opsdc_jax.models import qwen3
 from opsdc_jax.models.layers import Qwen3Config
@@ -43,11 +44,19 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Accumulator:
-    """Sums over the micro-batches of one step: gradients (not yet divided), statistics, tokens."""
+    """Sums over the micro-batches of one step.
+
+    Attributes:
+      gradients: of the loss, not yet divided.
+      sums: of the tokens' statistics.
+      tokens: int32, response tokens.
+      shares: float32, what loss and gradients are divided by.
+    """
 
     gradients: Params
     sums: TokenSums
     tokens: jax.Array
+    shares: jax.Array
 
 
 class TrainStep(NamedTuple):
@@ -62,7 +71,9 @@ class TrainStep(NamedTuple):
       single: (student, teacher, DistillBatch) -> accumulator, of a step that is one micro-batch: no
         accumulator lies beside its gradients.
       apply: (state, accumulator) -> (state, metrics); donates the state. Where loss or gradient
-        is not finite, the step is skipped: only its number changes, and `skipped` is 1.
+        is not finite, the step is skipped: only its number changes, and `skipped` is 1. Where no
+        row takes part, loss and gradient are 0, and AdamW goes on as with any gradient of 0: its
+        moments decay, and what is left of them and the weight decay still move the student.
       refresh: (student, teacher) -> teacher; writes into the teacher's own buffers.
     """
 
@@ -148,12 +159,13 @@ def make_train_step(
             gradients=gradients,
             sums=losses.zero_sums(),
             tokens=jnp.int32(0),
+            shares=jnp.float32(0),
         )
 
     def loss(
         student: Params, embedded_BxTxD: jax.Array, teacher: Params, batch: DistillBatch
     ) -> tuple[Any, TokenSums]:
-        R = batch.response_BxR.shape[1]
+        mask_BxR, R = response_mask(batch), batch.response_BxR.shape[1]
         student_BxRxD = response_hidden(
             student, model, mesh, embedded_BxTxD, batch.student_prompt_B, batch.lengths_B, R
         )
@@ -167,7 +179,7 @@ def make_train_step(
             R,
         )
         sums = losses.divergence_sums(
-            divergence,
+            divergences.DIVERGENCES[divergence],
             vocab_size,
             chunk_tokens,
             mesh,
@@ -177,7 +189,8 @@ def make_train_step(
             jax.lax.stop_gradient(qwen3.unembedding(teacher)),
             batch.response_BxR,
             batch.logprobs_BxR,
-            response_mask(batch),
+            jnp.broadcast_to(batch.weights_B[:, None], mask_BxR.shape),
+            mask_BxR,
         )
         return sums.divergence, sums
 
@@ -193,6 +206,7 @@ def make_train_step(
             gradients=gradients | {"embedding": embedding_gradient},
             sums=sums,
             tokens=jnp.sum(batch.lengths_B),
+            shares=jnp.sum(batch.shares_B),
         )
 
     def accumulate(
@@ -203,20 +217,22 @@ def make_train_step(
             gradients=jax.tree.map(jnp.add, accumulator.gradients, new.gradients),
             sums=losses.merge_sums(accumulator.sums, new.sums),
             tokens=accumulator.tokens + new.tokens,
+            shares=accumulator.shares + new.shares,
         )
 
     def apply(
         state: TrainState, accumulator: Accumulator
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         tokens = jnp.maximum(accumulator.tokens, 1).astype(jnp.float32)
-        gradients = jax.tree.map(lambda leaf: leaf * (1 / tokens), accumulator.gradients)
+        shares = jnp.where(accumulator.shares > 0, accumulator.shares, 1.0)
+        gradients = jax.tree.map(lambda leaf: leaf * (1 / shares), accumulator.gradients)
         moments = state.optimizer
         if offload_optimizer:
             moments = jax.device_put(moments, on_device)
         updates, optimizer_state = optimizer.update(gradients, moments, state.student)
         student = optax.apply_updates(state.student, updates)
         sums = accumulator.sums
-        loss, norm = sums.divergence / tokens, optax.tree.norm(gradients)
+        loss, norm = sums.divergence / shares, optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         student, optimizer_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
@@ -260,7 +276,7 @@ def make_train_step(
         step=whole,
     )
     sums = jax.tree.map(lambda _: whole, jax.eval_shape(losses.zero_sums))
-    placed_accumulator = Accumulator(gradients=shardings, sums=sums, tokens=whole)
+    placed_accumulator = Accumulator(gradients=shardings, sums=sums, tokens=whole, shares=whole)
     return TrainStep(
         like=jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),

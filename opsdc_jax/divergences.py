@@ -1,4 +1,4 @@
-"""The divergences between student and teacher, of a chunk's logits.
+"""The divergences between student and teacher, and what stands in their place, of a chunk's logits.
 
 Shapes: C positions, V entries of the vocabulary, a device's own part of it.
 """
@@ -35,6 +35,7 @@ class Pair(NamedTuple):
     Attributes:
       student_CxV, teacher_CxV: float32.
       student, teacher: their moments over the whole vocabulary.
+      tokens, logprobs: ids of the sampled tokens, and the student's log-probabilities of them, [C].
       add_up: adds a [C] sum over the own part of the vocabulary up over the devices.
     """
 
@@ -42,12 +43,14 @@ class Pair(NamedTuple):
     teacher_CxV: jax.Array
     student: Moments
     teacher: Moments
+    tokens: jax.Array
+    logprobs: jax.Array
     add_up: Callable[[jax.Array], jax.Array]
 
 
 # From logits of student and teacher, [C, W] of any part of the vocabulary, each below its row's
-# highest: the slopes of the divergence by the student's, [C, W].
-Slopes = Callable[[jax.Array, jax.Array], jax.Array]
+# highest, and the ids [W] of that part: the slopes of the divergence by the student's, [C, W].
+Slopes = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Divergence = Callable[[Pair], tuple[jax.Array, Slopes]]
 
 
@@ -60,7 +63,7 @@ def reverse_kl(pair: Pair) -> tuple[jax.Array, Slopes]:
     mean_gap = pair.student.gap / pair.student.total
     log_ratio = jnp.log(pair.teacher.total / pair.student.total)
 
-    def slopes(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    def slopes(student: jax.Array, teacher: jax.Array, _: jax.Array) -> jax.Array:
         q = jnp.exp(student) / pair.student.total[:, None]
         return q * (student - teacher - mean_gap[:, None])
 
@@ -71,7 +74,7 @@ def forward_kl(pair: Pair) -> tuple[jax.Array, Slopes]:
     """KL(p || q) = sum_v p (log p - log q), [C]; and its slopes q - p."""
     log_ratio = jnp.log(pair.student.total / pair.teacher.total)
 
-    def slopes(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    def slopes(student: jax.Array, teacher: jax.Array, _: jax.Array) -> jax.Array:
         q = jnp.exp(student) / pair.student.total[:, None]
         return q - jnp.exp(teacher) / pair.teacher.total[:, None]
 
@@ -96,17 +99,32 @@ def jsd(pair: Pair) -> tuple[jax.Array, Slopes]:
     from_q = pair.add_up(jnp.sum(q * log_q_over_m, axis=-1))
     from_p = pair.add_up(jnp.sum(p * (log_q_over_m + log_p_over_q), axis=-1))
 
-    def slopes(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    def slopes(student: jax.Array, teacher: jax.Array, _: jax.Array) -> jax.Array:
         q, log_q_over_m, _ = terms(student, teacher)
         return 0.5 * q * (log_q_over_m - from_q[:, None])
 
     return 0.5 * (from_q + from_p), slopes
 
 
+def nll(pair: Pair) -> tuple[jax.Array, Slopes]:
+    """-log q of the sampled token, [C], for the baselines; and its slopes q - 1 at that token.
+
+    The teacher plays no part. On the teacher's samples it is supervised fine-tuning; with
+    advantages as weights, on the student's own, its gradient is the policy gradient.
+    """
+
+    def slopes(student: jax.Array, _: jax.Array, ids_W: jax.Array) -> jax.Array:
+        q = jnp.exp(student) / pair.student.total[:, None]
+        return q - (pair.tokens[:, None] == ids_W)
+
+    return -pair.logprobs, slopes
+
+
 DIVERGENCES: dict[str, Divergence] = {
     "reverse_kl": reverse_kl,
     "forward_kl": forward_kl,
     "jsd": jsd,
+    "nll": nll,
 }
 
 

@@ -206,6 +206,7 @@ def train(
                     micro_batch_size=settings.train.micro_batch_size,
                     longest=longest,
                     pad_id=parts.tokenizer.pad_token_id,
+                    weights=settings.loss.weights,
                 )
                 batches = (sharding.place(batch, rows) for batch in micro_batches)
                 if len(micro_batches) == 1:

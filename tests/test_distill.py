@@ -23,12 +23,12 @@ OPTIM = types.SimpleNamespace(
 )
 
 
-def make_train_step(teacher_dtype, **options):
+def make_train_step(teacher_dtype="float32", divergence="reverse_kl", **options):
     mesh = sharding.make_mesh({"replica": 1, "fsdp": -1, "tensor": 1})
     return distill.make_train_step(
         SMALL,
         distill.make_optimizer(OPTIM),
-        divergence="reverse_kl",
+        divergence=divergence,
         chunk_tokens=16,
         vocab_size=ENTRIES,
         shardings=qwen3.shardings(SMALL, mesh),
@@ -39,7 +39,7 @@ def make_train_step(teacher_dtype, **options):
 
 @pytest.fixture(scope="module")
 def jitted():
-    return make_train_step(teacher_dtype="float32")
+    return make_train_step()
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +83,17 @@ def accumulated(jitted, student, teacher, batches):
     return accumulator
 
 
-def cut(batch_inputs, micro_batch_size):
+def cut(batch_inputs, micro_batch_size, **options):
+    longest = PROMPT_WIDTH + WIDTH
     return micro_batches(
-        *batch_inputs, micro_batch_size=micro_batch_size, longest=PROMPT_WIDTH + WIDTH, pad_id=PAD
+        *batch_inputs, micro_batch_size=micro_batch_size, longest=longest, pad_id=PAD, **options
     )
+
+
+def mean(jitted, student, teacher, batches):
+    """(loss, gradient) of a step."""
+    parts = accumulated(jitted, student, teacher, batches)
+    return jax.tree.map(lambda leaf: leaf / parts.shares, (parts.sums.divergence, parts.gradients))
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +166,84 @@ def test_padding_rows_and_padding_tokens_change_nothing(
     assert int(parts.tokens) == int(whole.tokens)
     assert float(parts.sums.divergence) == pytest.approx(float(whole.sums.divergence), rel=1e-6)
     assert relative_error(parts.gradients, whole.gradients) <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def row_means(jitted, student, teacher, batch_inputs):
+    """The (loss, gradient) of each row alone, in the order of their lengths."""
+    batches = cut(batch_inputs, 1)
+    assert [int(batch.lengths_B[0]) for batch in batches] == [1, 3, 9, 16]
+    return [mean(jitted, student, teacher, [batch]) for batch in batches]
+
+
+def averaged(means, weights):
+    return jax.tree.map(lambda *leaves: np.average(leaves, axis=0, weights=weights), *means)
+
+
+# Rows have 1, 3, 9 and 16 tokens, in this order.
+@pytest.mark.parametrize(
+    ("rule", "micro_batch_size", "weights"),
+    [
+        ("sequences", 4, (1, 1, 1, 1)),
+        ("sequences", 2, (1, 1, 1, 1)),
+        ("micro_batches", 4, (1, 3, 9, 16)),
+        ("micro_batches", 2, (1 / 4, 3 / 4, 9 / 25, 16 / 25)),
+    ],
+)
+def test_means_are_those_of_the_rows(
+    jitted, student, teacher, batch_inputs, row_means, rule, micro_batch_size, weights
+):
+    """The cut into micro-batches decides in "micro_batches", as in the reference code, alone."""
+    batches = cut(batch_inputs, micro_batch_size, weights=rule)
+    got, expected = mean(jitted, student, teacher, batches), averaged(row_means, weights)
+    assert float(got[0]) == pytest.approx(float(expected[0]), rel=1e-5)
+    assert relative_error(got[1], expected[1]) <= 1e-5
+    by_tokens = averaged(row_means, (1, 3, 9, 16))
+    assert weights == (1, 3, 9, 16) or relative_error(got[1], by_tokens[1]) > 0.1
+
+
+@pytest.mark.parametrize("rule", ["tokens", "sequences", "micro_batches"])
+def test_rows_without_credit_are_as_good_as_removed(jitted, student, teacher, batch_inputs, rule):
+    rollout, *prompts = batch_inputs
+    kept = [0, 3]
+    fewer = (
+        jax.tree.map(lambda leaf: leaf[kept], rollout),
+        *([side[row] for row in kept] for side in prompts),
+    )
+    credit = np.isin(np.arange(ROWS), kept)
+    got = mean(jitted, student, teacher, cut(batch_inputs, ROWS, weights=rule, credit_B=credit))
+    expected = mean(jitted, student, teacher, cut(fewer, 2, weights=rule))
+    assert relative_error(got, expected) <= 1e-5
+
+
+def test_a_step_without_credit_has_no_gradient(jitted, student, teacher, batch_inputs):
+    batches = cut(batch_inputs, ROWS, credit_B=np.zeros(ROWS))
+    accumulator = accumulated(jitted, student, teacher, batches)
+    _, metrics = jitted.apply(jitted.init(copy(student)), accumulator)
+    assert (metrics["loss"], metrics["grad_norm"], metrics["skipped"]) == (0, 0, False)
+    assert metrics["student_entropy"] > 0
+
+
+def test_advantages_give_the_policy_gradient(student, teacher, batch_inputs):
+    """Of REINFORCE: each row's advantage times its log-likelihood, dense, a row at a time."""
+    rollout, prompts, _ = batch_inputs
+    advantages = np.array([1.5, -0.5, 0.25, -1.25])
+
+    def objective(params):
+        total = 0.0
+        for row, (prompt, length) in enumerate(zip(prompts, rollout.lengths_B, strict=True)):
+            response = rollout.tokens_BxR[row, :length]
+            hidden = qwen3.forward(params, SMALL, jnp.array([[*prompt, *response]]))[0]
+            logits = hidden[len(prompt) - 1 : -1] @ qwen3.unembedding(params)[:ENTRIES].T
+            logprobs = jax.nn.log_softmax(logits)[np.arange(length), response]
+            total += advantages[row] * jnp.sum(logprobs)
+        return total / sum(rollout.lengths_B)
+
+    batches = cut(batch_inputs, ROWS, weights="advantages", credit_B=advantages)
+    loss, gradient = mean(make_train_step(divergence="nll"), student, teacher, batches)
+    expected, ascent = jax.jit(jax.value_and_grad(objective))(student)
+    assert float(loss) == pytest.approx(-float(expected), rel=1e-5)
+    assert relative_error(gradient, jax.tree.map(jnp.negative, ascent)) <= 1e-5
 
 
 def test_apply_is_clipped_adamw_on_the_token_mean(jitted, student, whole):

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 sys.path.insert(0, sys.argv[1])
 from opsdc_jax import losses, sharding
+from opsdc_jax.divergences import DIVERGENCES
 from helpers import relative_error
 
 B, R, D = 8, 10, 24
@@ -28,12 +29,13 @@ def inputs(V):
     hidden, heads = rng.normal(size=(2, B, R, D)), rng.normal(size=(2, V, D)) * 0.4
     arrays = [np.float32(part) for pair in zip(hidden, heads) for part in pair]
     return *arrays, rng.integers(0, V - 3, (B, R)), np.float32(-5 * rng.random((B, R))), (
-        rng.random((B, R)) < 0.7
-    )
+        np.float32(rng.normal(size=(B, R)))
+    ), rng.random((B, R)) < 0.7
 
 def run(mesh, name, arrays):
     def loss(student, head, *rest):
-        sums = losses.divergence_sums(name, len(head) - 3, 24, mesh, student, head, *rest)
+        chosen = DIVERGENCES[name]
+        sums = losses.divergence_sums(chosen, len(head) - 3, 24, mesh, student, head, *rest)
         return sums.divergence, sums
     gradients, sums = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(*arrays)
     return jax.device_get((sums, gradients))
@@ -43,6 +45,7 @@ for name, V, sizes in (
     ("reverse_kl", 136, (1, 8, 1)),
     ("forward_kl", 130, (1, 2, 4)),
     ("jsd", 131, (2, 2, 2)),
+    ("nll", 130, (1, 4, 2)),
 ):
     mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, sizes)))
     arrays = inputs(V)
@@ -122,7 +125,7 @@ def on_devices(program):
 def test_loss_and_gradients_equal_one_devices():
     """On several meshes, also where they do not divide the vocabulary."""
     errors = on_devices(LOSS)
-    assert len(errors) == 3
+    assert len(errors) == 4
     for case, gaps in errors.items():
         assert max(gaps) <= 1e-5, case
 
