@@ -3,12 +3,15 @@
 Shapes: C positions, V entries of the vocabulary, a device's own part of it.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from opsdc_jax.sampling import least, ordered
 
 
 class Moments(NamedTuple):
@@ -70,6 +73,53 @@ def reverse_kl(pair: Pair) -> tuple[jax.Array, Slopes]:
     return mean_gap + log_ratio, slopes
 
 
+def top_k_reverse_kl(k: int, pair: Pair) -> tuple[jax.Array, Slopes]:
+    """Reverse KL over the student's k likeliest tokens and one bucket for all others, [C].
+
+    With K these tokens, and Q and P the probabilities of the others under student and teacher, it
+    is sum_{v in K} q log(q / p) + Q log(Q / P): the KL of the two coarser distributions, so never
+    above the full one, and the same where k covers the vocabulary. Without its bucket it could be
+    negative, and would be least where all of the mass is outside of K.
+
+    The slopes are q (log(q / p) - KL) in K, q (log(Q / P) - KL) outside. Tokens that tie with the
+    k-th are in K too. K is taken as given: where the k-th token changes, the value jumps.
+    """
+    order_CxV = ordered(pair.student_CxV)
+    C = order_CxV.shape[0]
+    # Of any float32 from -inf to the highest logit, which is 0 here.
+    lowest, highest = ordered(jnp.array([-jnp.inf, 0.0]))
+
+    def few_higher(bound_C: jax.Array) -> jax.Array:
+        return pair.add_up(jnp.sum(order_CxV > bound_C[:, None], axis=-1)) < k
+
+    kth_C = least(few_higher, jnp.broadcast_to(lowest, C), jnp.broadcast_to(highest, C))
+
+    def is_kept(student: jax.Array) -> jax.Array:
+        return ordered(student) >= kth_C[:, None]
+
+    kept_CxV, q_CxV = is_kept(pair.student_CxV), jnp.exp(pair.student_CxV)
+    parts = (
+        jnp.where(kept_CxV, q_CxV * (pair.student_CxV - pair.teacher_CxV), 0.0),
+        jnp.where(kept_CxV, 0.0, q_CxV),
+        jnp.where(kept_CxV, 0.0, jnp.exp(pair.teacher_CxV)),
+    )
+    # Summed as they are: the rest as 1 minus the kept would be rounding error.
+    kept_gap, student_rest, teacher_rest = (pair.add_up(jnp.sum(x, axis=-1)) for x in parts)
+    # A rest may have no mass, or less than float32 can hold.
+    floor = jnp.finfo(jnp.float32).tiny
+    rest_gap = jnp.log(jnp.maximum(student_rest, floor)) - jnp.log(jnp.maximum(teacher_rest, floor))
+    # As in reverse_kl, with the bucket's one gap in place of each gap inside it.
+    mean_gap = (kept_gap + student_rest * rest_gap) / pair.student.total
+    log_ratio = jnp.log(pair.teacher.total / pair.student.total)
+
+    def slopes(student: jax.Array, teacher: jax.Array, _: jax.Array) -> jax.Array:
+        q = jnp.exp(student) / pair.student.total[:, None]
+        gap = jnp.where(is_kept(student), student - teacher, rest_gap[:, None])
+        return q * (gap - mean_gap[:, None])
+
+    return mean_gap + log_ratio, slopes
+
+
 def forward_kl(pair: Pair) -> tuple[jax.Array, Slopes]:
     """KL(p || q) = sum_v p (log p - log q), [C]; and its slopes q - p."""
     log_ratio = jnp.log(pair.student.total / pair.teacher.total)
@@ -126,6 +176,11 @@ DIVERGENCES: dict[str, Divergence] = {
     "jsd": jsd,
     "nll": nll,
 }
+
+
+def choose(name: str, top_k: int) -> Divergence:
+    """A divergence by its name; with `top_k`, the reverse KL over so many tokens and the rest."""
+    return functools.partial(top_k_reverse_kl, top_k) if top_k else DIVERGENCES[name]
 
 
 def moments(own_CxV: jax.Array, other_CxV: jax.Array) -> Moments:

@@ -246,6 +246,51 @@ def test_advantages_give_the_policy_gradient(student, teacher, batch_inputs):
     assert relative_error(gradient, jax.tree.map(jnp.negative, ascent)) <= 1e-5
 
 
+@pytest.fixture(scope="module")
+def anchored():
+    return make_train_step(anchor=0.5)
+
+
+@pytest.mark.parametrize("rule", ["sequences", "advantages"])
+def test_the_anchor_adds_the_divergence_to_the_base(
+    jitted, anchored, student, teacher, batch_inputs, rule
+):
+    """Both sides at the student's prompt; weighted as a mean, also beside advantages."""
+    rollout, prompts, _ = batch_inputs
+    base = random_params(SMALL, 2)
+    credit = np.array([1.0, -1.0, 0.5, -0.5]) if rule == "advantages" else None
+    (batch,) = cut(batch_inputs, ROWS, weights=rule, credit_B=credit)
+    means = "tokens" if rule == "advantages" else rule
+    plain = cut((rollout, prompts, prompts), ROWS, weights=means)
+    to_base, pull = mean(jitted, student, base, plain)
+    loss, gradient = mean(jitted, student, teacher, [batch])
+    got = anchored.single(student, teacher, batch, base)
+    expected = jax.tree.map(lambda own, other: own + 0.5 * other, gradient, pull)
+    assert relative_error(got.gradients, jax.tree.map(lambda x: x * got.shares, expected)) <= 1e-5
+    state = dataclasses.replace(anchored.init(copy(student)), base=base)
+    _, metrics = anchored.apply(state, got)
+    assert float(metrics["anchor_kl"]) == pytest.approx(float(to_base), rel=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(float(loss + 0.5 * to_base), rel=1e-5)
+
+
+def test_the_base_is_a_tree_of_its_own_that_stays(jitted, anchored, student, whole):
+    assert jitted.init(copy(student)).base is None
+    state = anchored.init(copy(student))
+    held = buffers(state.base)
+    assert trees_equal(state.base, student)
+    assert not held & (buffers(state.student) | buffers(state.teacher))
+    state, _ = anchored.apply(state, whole)
+    assert trees_equal(state.base, student)
+    assert buffers(state.base) == held
+    assert not trees_equal(state.student, student)
+
+
+def test_off_policy_steps_have_no_gap_to_the_sampler(student, whole):
+    off_policy = make_train_step(on_policy=False)
+    _, metrics = off_policy.apply(off_policy.init(copy(student)), whole)
+    assert not {"logprob_gap_mean", "logprob_gap_max"} & metrics.keys()
+
+
 def test_apply_is_clipped_adamw_on_the_token_mean(jitted, student, whole):
     state = jitted.init(copy(student))
     optimizer = distill.make_optimizer(OPTIM)
@@ -319,6 +364,17 @@ def test_refresh_copies_into_the_teachers_own_buffers(jitted, student, teacher):
     compiled = jitted.refresh.lower(student, teacher).compile().as_text()
     aliased = compiled.split("entry_computation_layout")[0].count("may-alias")
     assert aliased == len(jax.tree.leaves(student))
+
+
+def test_refresh_with_a_decay_is_a_mean_in_the_teachers_own_buffers(student, teacher):
+    jitted = make_train_step(teacher_decay=0.75)
+    new, old = copy(student), copy(teacher)
+    held = buffers(old)
+    refreshed = jitted.refresh(new, old)
+    expected = jax.tree.map(lambda ours, theirs: (ours + 3 * theirs) / 4, student, teacher)
+    assert relative_error(refreshed, expected) <= 1e-6
+    assert buffers(refreshed) == held
+    assert not buffers(refreshed) & buffers(new)
 
 
 def test_refresh_casts_to_the_teachers_dtype(student):

@@ -47,6 +47,7 @@ def loss(config: Mapping[str, Any]) -> str:
         "tokens": "mean over the response tokens of a step",
         "sequences": "mean over the rollouts of a step of their own means",
         "micro_batches": "mean over the micro-batches of a step of their own means",
+        "advantages": "weighted by advantages, over the response tokens of a step",
     }
     rule = config["loss"].get("weights", "tokens")  # runs from before there was a choice
     return f"{divergences[config['loss']['divergence']]}, {weights[rule]}"
