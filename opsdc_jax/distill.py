@@ -125,6 +125,65 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
+def make_loss(
+    model: Qwen3Config,
+    mesh: Mesh,
+    divergence: Divergence,
+    anchor: float,
+    vocab_size: int,
+    chunk_tokens: int,
+) -> Callable[..., tuple[jax.Array, tuple[TokenSums, jax.Array]]]:
+    """(student, its embedded rows [B, T, D], teacher, batch, base) -> what is differentiated.
+
+    That is the weighted sum over a micro-batch, not divided yet; beside it, the sums and the
+    anchor's.
+    """
+
+    def loss(
+        student: Params,
+        embedded_BxTxD: jax.Array,
+        teacher: Params,
+        batch: DistillBatch,
+        base: Params | None,
+    ) -> tuple[jax.Array, tuple[TokenSums, jax.Array]]:
+        mask_BxR, lengths_B = response_mask(batch), batch.lengths_B
+        R = mask_BxR.shape[1]
+        student_BxRxD = response_hidden(
+            student, model, mesh, embedded_BxTxD, batch.student_prompt_B, lengths_B, R
+        )
+
+        def sums_against(divergence: Divergence, other: Params, *side: jax.Array) -> TokenSums:
+            tokens_BxT, prompt_B, weights_B = side
+            embedded = qwen3.embed(other, tokens_BxT)
+            other_BxRxD = response_hidden(other, model, mesh, embedded, prompt_B, lengths_B, R)
+            return losses.divergence_sums(
+                divergence,
+                vocab_size,
+                chunk_tokens,
+                mesh,
+                student_BxRxD,
+                qwen3.unembedding(student),
+                jax.lax.stop_gradient(other_BxRxD),
+                jax.lax.stop_gradient(qwen3.unembedding(other)),
+                batch.response_BxR,
+                batch.logprobs_BxR,
+                jnp.broadcast_to(weights_B[:, None], mask_BxR.shape),
+                mask_BxR,
+            )
+
+        teacher_side = batch.teacher_BxT, batch.teacher_prompt_B, batch.weights_B
+        sums = sums_against(divergence, teacher, *teacher_side)
+        if base is None:
+            return sums.divergence, (sums, jnp.float32(0))
+        # The rows' weights in a mean, also where those of the loss are advantages.
+        means_B = batch.shares_B / jnp.maximum(lengths_B, 1)
+        base_side = batch.student_BxT, batch.student_prompt_B, means_B
+        to_base = sums_against(divergences.reverse_kl, base, *base_side).divergence
+        return sums.divergence + anchor * to_base, (sums, to_base)
+
+    return loss
+
+
 def make_train_step(
     model: Qwen3Config,
     optimizer: optax.GradientTransformation,
@@ -156,7 +215,6 @@ def make_train_step(
       offload_optimizer: between updates, keep the moments in the host's pinned memory.
     """
     mesh = jax.tree.leaves(shardings)[0].mesh
-    chosen = divergences.choose(divergence, top_k)
 
     def cast(params: Params) -> Params:
         # Explicit copies: where nothing is to be cast, astype would hand back the student itself.
@@ -181,63 +239,16 @@ def make_train_step(
             shares=jnp.float32(0),
         )
 
-    def loss(
-        student: Params,
-        embedded_BxTxD: jax.Array,
-        teacher: Params,
-        batch: DistillBatch,
-        base: Params | None,
-    ) -> tuple[jax.Array, tuple[TokenSums, jax.Array]]:
-        mask_BxR = response_mask(batch)
-
-        def hidden(params: Params, embedded_BxTxD: jax.Array, prompt_B: jax.Array) -> jax.Array:
-            R = mask_BxR.shape[1]
-            return response_hidden(
-                params, model, mesh, embedded_BxTxD, prompt_B, batch.lengths_B, R
-            )
-
-        student_BxRxD = hidden(student, embedded_BxTxD, batch.student_prompt_B)
-
-        def sums_against(
-            divergence: Divergence,
-            other: Params,
-            tokens_BxT: jax.Array,
-            prompt_B: jax.Array,
-            weights_B: jax.Array,
-        ) -> TokenSums:
-            other_BxRxD = hidden(other, qwen3.embed(other, tokens_BxT), prompt_B)
-            return losses.divergence_sums(
-                divergence,
-                vocab_size,
-                chunk_tokens,
-                mesh,
-                student_BxRxD,
-                qwen3.unembedding(student),
-                jax.lax.stop_gradient(other_BxRxD),
-                jax.lax.stop_gradient(qwen3.unembedding(other)),
-                batch.response_BxR,
-                batch.logprobs_BxR,
-                jnp.broadcast_to(weights_B[:, None], mask_BxR.shape),
-                mask_BxR,
-            )
-
-        teacher_side = batch.teacher_BxT, batch.teacher_prompt_B, batch.weights_B
-        sums = sums_against(chosen, teacher, *teacher_side)
-        if base is None:
-            return sums.divergence, (sums, jnp.float32(0))
-        # The rows' weights in a mean, also where those of the loss are advantages.
-        means_B = batch.shares_B / jnp.maximum(batch.lengths_B, 1)
-        base_side = batch.student_BxT, batch.student_prompt_B, means_B
-        to_base = sums_against(divergences.reverse_kl, base, *base_side).divergence
-        return sums.divergence + anchor * to_base, (sums, to_base)
+    chosen = divergences.choose(divergence, top_k)
+    loss = make_loss(model, mesh, chosen, anchor, vocab_size, chunk_tokens)
 
     def single(
         student: Params, teacher: Params, batch: DistillBatch, base: Params | None = None
     ) -> Accumulator:
         embedded = qwen3.embed(student, batch.student_BxT)
-        (gradients, embedded_gradient), (sums, to_base) = jax.grad(
-            loss, argnums=(0, 1), has_aux=True
-        )(student, embedded, teacher, batch, base)
+        slopes = jax.grad(loss, argnums=(0, 1), has_aux=True)
+        both, (sums, to_base) = slopes(student, embedded, teacher, batch, base)
+        gradients, embedded_gradient = both
         # Added onto the gradient of the tied head: differentiated with the rest, the look-up would
         # have an array of the embedding's size to itself first.
         embedding_gradient = gradients["embedding"].at[batch.student_BxT].add(embedded_gradient)

@@ -75,7 +75,7 @@ def batch_inputs():
 
 
 def accumulated(jitted, student, teacher, batches):
-    if len(batches) == 1:
+    if len(batches) == 1 and len(batches[0].lengths_B) >= ROWS:
         return jitted.single(student, teacher, *batches)
     accumulator = jitted.zeros(student)
     for batch in batches:
@@ -205,13 +205,13 @@ def test_means_are_those_of_the_rows(
 @pytest.mark.parametrize("rule", ["tokens", "sequences", "micro_batches"])
 def test_rows_without_credit_are_as_good_as_removed(jitted, student, teacher, batch_inputs, rule):
     rollout, *prompts = batch_inputs
-    kept = [0, 3]
+    kept = [0, 3]  # the two longest, which fill a micro-batch of two
     fewer = (
         jax.tree.map(lambda leaf: leaf[kept], rollout),
         *([side[row] for row in kept] for side in prompts),
     )
     credit = np.isin(np.arange(ROWS), kept)
-    got = mean(jitted, student, teacher, cut(batch_inputs, ROWS, weights=rule, credit_B=credit))
+    got = mean(jitted, student, teacher, cut(batch_inputs, 2, weights=rule, credit_B=credit))
     expected = mean(jitted, student, teacher, cut(fewer, 2, weights=rule))
     assert relative_error(got, expected) <= 1e-5
 
@@ -225,22 +225,21 @@ def test_a_step_without_credit_has_no_gradient(jitted, student, teacher, batch_i
 
 
 def test_advantages_give_the_policy_gradient(student, teacher, batch_inputs):
-    """Of REINFORCE: each row's advantage times its log-likelihood, dense, a row at a time."""
-    rollout, prompts, _ = batch_inputs
+    """Of REINFORCE: each row's advantage times its log-likelihood, from dense logits."""
     advantages = np.array([1.5, -0.5, 0.25, -1.25])
+    (batch,) = cut(batch_inputs, ROWS, weights="advantages", credit_B=advantages)
+    tokens, first = jnp.asarray(batch.student_BxT), batch.student_prompt_B[:, None] - 1
+    positions = np.arange(tokens.shape[1] - 1)
+    predicts = (positions >= first) & (positions < first + batch.lengths_B[:, None])
 
     def objective(params):
-        total = 0.0
-        for row, (prompt, length) in enumerate(zip(prompts, rollout.lengths_B, strict=True)):
-            response = rollout.tokens_BxR[row, :length]
-            hidden = qwen3.forward(params, SMALL, jnp.array([[*prompt, *response]]))[0]
-            logits = hidden[len(prompt) - 1 : -1] @ qwen3.unembedding(params)[:ENTRIES].T
-            logprobs = jax.nn.log_softmax(logits)[np.arange(length), response]
-            total += advantages[row] * jnp.sum(logprobs)
-        return total / sum(rollout.lengths_B)
+        hidden = qwen3.forward(params, SMALL, tokens)[:, :-1]
+        logprobs = jax.nn.log_softmax(hidden @ qwen3.unembedding(params)[:ENTRIES].T)
+        chosen = jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[:, :, 0]
+        rows = jnp.sum(jnp.where(predicts, chosen, 0.0), axis=-1)
+        return rows @ advantages[[2, 1, 3, 0]] / batch.lengths_B.sum()  # in order of length
 
-    batches = cut(batch_inputs, ROWS, weights="advantages", credit_B=advantages)
-    loss, gradient = mean(make_train_step(divergence="nll"), student, teacher, batches)
+    loss, gradient = mean(make_train_step(divergence="nll"), student, teacher, [batch])
     expected, ascent = jax.jit(jax.value_and_grad(objective))(student)
     assert float(loss) == pytest.approx(-float(expected), rel=1e-5)
     assert relative_error(gradient, jax.tree.map(jnp.negative, ascent)) <= 1e-5
