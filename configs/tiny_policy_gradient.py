@@ -7,8 +7,9 @@ on one response a problem as everywhere here. All else is as in configs/tiny.py.
 Command:   python scripts/train.py --config configs/tiny_policy_gradient.py --workdir runs/tiny_pg
 Hardware:  2 CPU cores, 3 GiB of memory.
 Time:      as configs/tiny.py, at most 5 minutes.
-Expected:  shorter responses and more right answers, slower than OPSDC: one number a response is all
-           it learns from. Not measured.
+Expected:  right and short answers, at the price of entropy, whose guard only warns here. Rollouts
+           of one run (seed 0), steps 1-5 against 36-40: 84 tokens, 74% right, 0.127 nats; 28
+           tokens, 88% right, 0.015 nats. The student is not measured yet.
 """
 
 import pathlib
@@ -23,4 +24,5 @@ def get_config() -> ConfigDict:
     config.loss.divergence = "nll"
     config.loss.weights = "advantages"
     config.loss.length_penalty = 0.5
+    config.guards.action = "warn"  # the collapse of entropy is what there is to see
     return config
