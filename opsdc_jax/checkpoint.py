@@ -28,10 +28,11 @@ from opsdc_jax.distill import TrainState
 from opsdc_jax.files import read_json, writing
 from opsdc_jax.models.qwen3 import Params
 
-_ITEMS = ("student", "teacher", "optimizer")
+_ITEMS = ("student", "teacher", "optimizer", "base")  # the last where the state has one
 # Seconds of a save in the background, after which Orbax gives up. All hosts write 14 bytes a
-# parameter between them (float32, AdamW's two moments, a bfloat16 teacher); then the first reads
-# all of it for the manifest: 0.5 TB of a 32B model at 100 MB/s take an hour and a half.
+# parameter between them (float32, AdamW's two moments, a bfloat16 teacher; 16 with a base); then
+# the first reads all of it for the manifest: 0.5 TB of a 32B model at 100 MB/s take an hour and a
+# half.
 _LONGEST_SAVE = 4 * 3600
 _UNFINISHED = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
 
@@ -39,8 +40,8 @@ _UNFINISHED = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
 class Checkpointer:
     """Saves and restores `TrainState`s under a folder, one sub-folder a step.
 
-    Student, teacher and optimizer are items of their own, so the student can be read without the
-    rest. Random keys and data need no state: both are pure functions of (seed, step).
+    Student, teacher, optimizer and base are items of their own, so the student can be read without
+    the rest. Random keys and data need no state: both are pure functions of (seed, step).
     Use as a context manager: leaving it waits for the last save.
 
     Args:
@@ -108,7 +109,7 @@ class Checkpointer:
         """
         if self._manager.latest_step() == step:
             return
-        items = {name: ocp.args.StandardSave(getattr(state, name)) for name in _ITEMS}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         # A guard's stop saves where the loop allows no silent copies; Orbax makes them.
         with self._blocking(), jax.transfer_guard("allow"):
             self._manager.wait_until_finished()  # the save before has a manifest of its own
@@ -144,7 +145,7 @@ class Checkpointer:
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Restores a checkpoint to the shapes, dtypes and shardings of `like`."""
-        items = self._restore(step, {name: getattr(like, name) for name in _ITEMS})
+        items = self._restore(step, _items(like))
         restored_step = sharding.place(np.int32(step), like.step.sharding)
         return dataclasses.replace(like, step=restored_step, **items)
 
@@ -196,6 +197,11 @@ class Checkpointer:
             ) from error
         finally:
             self._blocked_seconds += time.perf_counter() - began
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    trees = {name: getattr(state, name) for name in _ITEMS}
+    return {name: tree for name, tree in trees.items() if tree is not None}
 
 
 @dataclasses.dataclass

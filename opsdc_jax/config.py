@@ -9,7 +9,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-DIVERGENCE_NAMES = ("reverse_kl", "forward_kl", "jsd")
+DIVERGENCE_NAMES = ("reverse_kl", "forward_kl", "jsd", "nll")
+WEIGHT_RULES = ("tokens", "sequences", "micro_batches", "advantages")
+POLICIES = ("student", "teacher")
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "attention", "dots")
 GUARD_ACTIONS = ("stop", "warn")
@@ -55,6 +57,8 @@ def default_config() -> ConfigDict:
     config.sampler.temperature = 1.0  # paper
     config.sampler.top_p = 1.0  # paper
     config.sampler.top_k = 0  # 0 = off; paper
+    # Who samples the training rollouts: "student" (paper), or the "teacher" at its own prompt
+    config.sampler.policy = "student"
     # Rows that decode at a time, which bounds the KV cache; when a response ends, its row takes the
     # next prompt. Changes no result. 0: the whole batch, until its longest response ends
     config.sampler.slots = 0
@@ -62,13 +66,32 @@ def default_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = 100  # the paper reports step 99-100
     config.train.batch_size = 32  # prompts a step, one response each; paper
-    config.train.micro_batch_size = 4  # rows in memory at a time; changes no result
+    # Rows in memory at a time; changes no result, but with loss.weights="micro_batches"
+    config.train.micro_batch_size = 4
 
     config.teacher = ConfigDict()
     config.teacher.every = 50  # M: steps between refreshes of the teacher, 0 = frozen; paper
+    # At a refresh teacher := decay * teacher + (1 - decay) * student; 0 copies (paper). With
+    # every=1 the teacher is an exponential moving average
+    config.teacher.decay = 0.0
 
     config.loss = ConfigDict()
-    config.loss.divergence = "reverse_kl"  # or "forward_kl", "jsd"; paper: reverse_kl
+    # or "forward_kl", "jsd", or for the baselines "nll", -log q of the sampled token; paper:
+    # reverse_kl
+    config.loss.divergence = "reverse_kl"
+    # "tokens": mean over the response tokens of the step (paper); "sequences": mean of the
+    # responses' means; "micro_batches": mean of the micro-batches' means, as the reference code
+    # gives it, which depends on train.micro_batch_size; "advantages": the policy gradient, with
+    # nll: each response by its reward against the step's, in standard deviations
+    config.loss.weights = "tokens"
+    config.loss.only_correct = False  # only responses whose answer is right take part; paper: all
+    # Of "advantages": a right answer's reward is 1 - penalty * tokens / max_response_tokens
+    config.loss.length_penalty = 0.0
+    # Reverse KL over the student's so many likeliest tokens, and all others as one; 0: the full one
+    # (paper)
+    config.loss.top_k = 0
+    # Times the reverse KL from the student to the base model at the plain prompt, added to the loss
+    config.loss.anchor = 0.0  # paper: none
     config.loss.chunk_tokens = 512  # response tokens whose logits exist at a time
 
     config.optim = ConfigDict()  # AdamW
@@ -156,6 +179,8 @@ _NOT_NEGATIVE = (
     "sampler.top_k",
     "sampler.slots",
     "teacher.every",
+    "loss.top_k",
+    "loss.anchor",
     "optim.lr",
     "optim.warmup_steps",
     "optim.weight_decay",
@@ -184,6 +209,8 @@ _CHOICES = {
     "model.attention": ATTENTION_NAMES,
     "model.remat": REMAT_POLICIES,
     "loss.divergence": DIVERGENCE_NAMES,
+    "loss.weights": WEIGHT_RULES,
+    "sampler.policy": POLICIES,
     "guards.action": GUARD_ACTIONS,
 }
 
@@ -211,7 +238,9 @@ def validate(config: ConfigDict) -> None:
         _require(config, key, lambda value: value <= 10**6, "must be at most 1,000,000")
     for key in ("sampler.top_p", "eval.top_p"):
         _require(config, key, lambda value: 0 < value <= 1, "must be above 0 and at most 1")
-    for key in ("optim.b1", "optim.b2"):
+    key = "loss.length_penalty"
+    _require(config, key, lambda value: 0 <= value <= 1, "must be at least 0 and at most 1")
+    for key in ("optim.b1", "optim.b2", "teacher.decay"):
         _require(config, key, lambda value: 0 <= value < 1, "must be in [0, 1)")
     _require(config, "guards.rise", lambda value: value > 1, "must be above 1")
     for key in ("guards.fall", "guards.share_rise"):
@@ -226,6 +255,53 @@ def validate(config: ConfigDict) -> None:
         raise InputError(
             f"train.batch_size={batch} is not a multiple of train.micro_batch_size={micro}: "
             f"choose a micro_batch_size that divides it"
+        )
+    _refuse_contradictions(config)
+
+
+def _refuse_contradictions(config: ConfigDict) -> None:
+    """Raises InputError where the keys of teacher and loss do not go together."""
+    loss, teacher = config.loss, config.teacher
+    if teacher.decay and not teacher.every:
+        raise InputError(
+            f"teacher.decay={teacher.decay} with teacher.every=0 is a teacher that never changes: "
+            "set teacher.every, or teacher.decay=0"
+        )
+    if teacher.decay and config.model.teacher_dtype != "float32":
+        raise InputError(
+            f"teacher.decay={teacher.decay} moves the teacher by less than "
+            f"{config.model.teacher_dtype} can hold: set model.teacher_dtype='float32'"
+        )
+    if loss.top_k and loss.divergence != "reverse_kl":
+        raise InputError(
+            f"loss.top_k={loss.top_k} is of the reverse KL alone: set loss.divergence="
+            "'reverse_kl', or loss.top_k=0"
+        )
+    policy_gradient = loss.weights == "advantages"
+    if policy_gradient and (loss.divergence != "nll" or config.sampler.policy != "student"):
+        raise InputError(
+            "loss.weights='advantages' is the policy gradient on the student's own responses: set "
+            "loss.divergence='nll' and sampler.policy='student'"
+        )
+    if policy_gradient and loss.only_correct:
+        raise InputError(
+            "loss.weights='advantages' learns from wrong answers too: set loss.only_correct=False"
+        )
+    if policy_gradient and config.train.batch_size == 1:
+        raise InputError(
+            "loss.weights='advantages' compares the responses of a step: raise train.batch_size"
+        )
+    if loss.length_penalty and not policy_gradient:
+        raise InputError(
+            f"loss.length_penalty={loss.length_penalty} is of the policy gradient alone: set "
+            "loss.weights='advantages', or loss.length_penalty=0"
+        )
+    own = config.sampler.policy == "student" and not loss.only_correct
+    if loss.divergence == "nll" and own and not policy_gradient:
+        raise InputError(
+            "loss.divergence='nll' on the student's own responses, right or wrong, teaches "
+            "nothing: set sampler.policy='teacher', loss.only_correct=True or "
+            "loss.weights='advantages'"
         )
 
 

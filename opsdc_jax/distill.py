@@ -2,7 +2,8 @@
 
 One optimizer step is `accumulate` for each micro-batch, then `apply` once. The loss is the sum of
 the divergence over all response tokens of the global batch divided by their number (OPSDC, arXiv
-2603.05433), so neither the packing into micro-batches nor padding rows change the gradient.
+2603.05433), so neither the packing into micro-batches nor padding rows change the gradient. Other
+means are other weights and shares of a batch's rows (`rollout.loss_weights`).
 """
 
 import dataclasses
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from opsdc_jax import losses, sharding
+from opsdc_jax import divergences, losses, sharding
+from opsdc_jax.divergences import Divergence
 from opsdc_jax.losses import TokenSums
 from opsdc_jax.models import qwen3
 from opsdc_jax.models.layers import Qwen3Config
@@ -32,22 +34,34 @@ class TrainState:
       teacher: a second tree of the same structure and shardings, never an alias of the student.
       optimizer: state of the optax transformation.
       step: int32, updates done so far.
+      base: a third such tree, the model that the run began with, where the loss is anchored to it.
     """
 
     student: Params
     teacher: Params
     optimizer: optax.OptState
     step: jax.Array
+    base: Params | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Accumulator:
-    """Sums over the micro-batches of one step: gradients (not yet divided), statistics, tokens."""
+    """Sums over the micro-batches of one step.
+
+    Attributes:
+      gradients: of the loss, not yet divided.
+      sums: of the tokens' statistics.
+      anchor: of the KL from student to base, in nats, each token's times its weight.
+      tokens: int32, response tokens.
+      shares: float32, what loss and gradients are divided by.
+    """
 
     gradients: Params
     sums: TokenSums
+    anchor: jax.Array
     tokens: jax.Array
+    shares: jax.Array
 
 
 class TrainStep(NamedTuple):
@@ -58,19 +72,23 @@ class TrainStep(NamedTuple):
       init: student parameters -> TrainState at step 0, its teacher a copy of the student; donates
         the parameters.
       zeros: student parameters -> empty Accumulator.
-      accumulate: (student, teacher, accumulator, DistillBatch) -> accumulator; donates the old one.
-      single: (student, teacher, DistillBatch) -> accumulator, of a step that is one micro-batch: no
-        accumulator lies beside its gradients.
+      accumulate: (student, teacher, accumulator, DistillBatch, base) -> accumulator; donates the
+        old one. The base is the state's, and may be left out where that has none.
+      single: (student, teacher, DistillBatch, base) -> accumulator, of a step that is one
+        micro-batch: no accumulator lies beside its gradients.
       apply: (state, accumulator) -> (state, metrics); donates the state. Where loss or gradient
-        is not finite, the step is skipped: only its number changes, and `skipped` is 1.
-      refresh: (student, teacher) -> teacher; writes into the teacher's own buffers.
+        is not finite, the step is skipped: only its number changes, and `skipped` is 1. Where no
+        row takes part, loss and gradient are 0, and AdamW goes on as with any gradient of 0: its
+        moments decay, and what is left of them and the weight decay still move the student.
+      refresh: (student, teacher) -> teacher, the student's weights or a mean of both; writes into
+        the teacher's own buffers.
     """
 
     like: TrainState
     init: Callable[[Params], TrainState]
     zeros: Callable[[Params], Accumulator]
-    accumulate: Callable[[Params, Params, Accumulator, DistillBatch], Accumulator]
-    single: Callable[[Params, Params, DistillBatch], Accumulator]
+    accumulate: Callable[..., Accumulator]
+    single: Callable[..., Accumulator]
     apply: Callable[[TrainState, Accumulator], tuple[TrainState, dict[str, jax.Array]]]
     refresh: Callable[[Params, Params], Params]
 
@@ -107,6 +125,65 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
+def make_loss(
+    model: Qwen3Config,
+    mesh: Mesh,
+    divergence: Divergence,
+    anchor: float,
+    vocab_size: int,
+    chunk_tokens: int,
+) -> Callable[..., tuple[jax.Array, tuple[TokenSums, jax.Array]]]:
+    """(student, its embedded rows [B, T, D], teacher, batch, base) -> what is differentiated.
+
+    That is the weighted sum over a micro-batch, not divided yet; beside it, the sums and the
+    anchor's.
+    """
+
+    def loss(
+        student: Params,
+        embedded_BxTxD: jax.Array,
+        teacher: Params,
+        batch: DistillBatch,
+        base: Params | None,
+    ) -> tuple[jax.Array, tuple[TokenSums, jax.Array]]:
+        mask_BxR, lengths_B = response_mask(batch), batch.lengths_B
+        R = mask_BxR.shape[1]
+        student_BxRxD = response_hidden(
+            student, model, mesh, embedded_BxTxD, batch.student_prompt_B, lengths_B, R
+        )
+
+        def sums_against(divergence: Divergence, other: Params, *side: jax.Array) -> TokenSums:
+            tokens_BxT, prompt_B, weights_B = side
+            embedded = qwen3.embed(other, tokens_BxT)
+            other_BxRxD = response_hidden(other, model, mesh, embedded, prompt_B, lengths_B, R)
+            return losses.divergence_sums(
+                divergence,
+                vocab_size,
+                chunk_tokens,
+                mesh,
+                student_BxRxD,
+                qwen3.unembedding(student),
+                jax.lax.stop_gradient(other_BxRxD),
+                jax.lax.stop_gradient(qwen3.unembedding(other)),
+                batch.response_BxR,
+                batch.logprobs_BxR,
+                jnp.broadcast_to(weights_B[:, None], mask_BxR.shape),
+                mask_BxR,
+            )
+
+        teacher_side = batch.teacher_BxT, batch.teacher_prompt_B, batch.weights_B
+        sums = sums_against(divergence, teacher, *teacher_side)
+        if base is None:
+            return sums.divergence, (sums, jnp.float32(0))
+        # The rows' weights in a mean, also where those of the loss are advantages.
+        means_B = batch.shares_B / jnp.maximum(lengths_B, 1)
+        base_side = batch.student_BxT, batch.student_prompt_B, means_B
+        to_base = sums_against(divergences.reverse_kl, base, *base_side).divergence
+        return sums.divergence + anchor * to_base, (sums, to_base)
+
+    return loss
+
+
 def make_train_step(
     model: Qwen3Config,
     optimizer: optax.GradientTransformation,
@@ -116,6 +193,10 @@ def make_train_step(
     vocab_size: int,
     shardings: Params,
     teacher_dtype: str,
+    top_k: int = 0,
+    teacher_decay: float = 0.0,
+    anchor: float = 0.0,
+    on_policy: bool = True,
     offload_optimizer: bool = False,
 ) -> TrainStep:
     """Builds the jitted pieces.
@@ -126,6 +207,11 @@ def make_train_step(
       vocab_size: the tokenizer's entries.
       shardings: tree of the parameters' shardings; teacher and gradients follow it.
       teacher_dtype: dtype of the teacher's parameters.
+      top_k: the student's likeliest tokens that the reverse KL keeps apart; 0 is all of them.
+      teacher_decay: what the teacher keeps of itself at a refresh; 0 copies the student.
+      anchor: times the reverse KL from the student to the base, added to the loss; 0: no base.
+      on_policy: the student samples, so that its own log-probabilities can be told from the
+        sampler's (`logprob_gap_*`).
       offload_optimizer: between updates, keep the moments in the host's pinned memory.
     """
     mesh = jax.tree.leaves(shardings)[0].mesh
@@ -140,6 +226,7 @@ def make_train_step(
             teacher=cast(student),
             optimizer=optimizer.init(student),
             step=jnp.int32(0),
+            base=cast(student) if anchor else None,
         )
 
     def zeros(student: Params) -> Accumulator:
@@ -147,76 +234,64 @@ def make_train_step(
         return Accumulator(
             gradients=gradients,
             sums=losses.zero_sums(),
+            anchor=jnp.float32(0),
             tokens=jnp.int32(0),
+            shares=jnp.float32(0),
         )
 
-    def loss(
-        student: Params, embedded_BxTxD: jax.Array, teacher: Params, batch: DistillBatch
-    ) -> tuple[Any, TokenSums]:
-        R = batch.response_BxR.shape[1]
-        student_BxRxD = response_hidden(
-            student, model, mesh, embedded_BxTxD, batch.student_prompt_B, batch.lengths_B, R
-        )
-        teacher_BxRxD = response_hidden(
-            teacher,
-            model,
-            mesh,
-            qwen3.embed(teacher, batch.teacher_BxT),
-            batch.teacher_prompt_B,
-            batch.lengths_B,
-            R,
-        )
-        sums = losses.divergence_sums(
-            divergence,
-            vocab_size,
-            chunk_tokens,
-            mesh,
-            student_BxRxD,
-            qwen3.unembedding(student),
-            jax.lax.stop_gradient(teacher_BxRxD),
-            jax.lax.stop_gradient(qwen3.unembedding(teacher)),
-            batch.response_BxR,
-            batch.logprobs_BxR,
-            response_mask(batch),
-        )
-        return sums.divergence, sums
+    chosen = divergences.choose(divergence, top_k)
+    loss = make_loss(model, mesh, chosen, anchor, vocab_size, chunk_tokens)
 
-    def single(student: Params, teacher: Params, batch: DistillBatch) -> Accumulator:
+    def single(
+        student: Params, teacher: Params, batch: DistillBatch, base: Params | None = None
+    ) -> Accumulator:
         embedded = qwen3.embed(student, batch.student_BxT)
-        (gradients, embedded_gradient), sums = jax.grad(loss, argnums=(0, 1), has_aux=True)(
-            student, embedded, teacher, batch
-        )
+        slopes = jax.grad(loss, argnums=(0, 1), has_aux=True)
+        both, (sums, to_base) = slopes(student, embedded, teacher, batch, base)
+        gradients, embedded_gradient = both
         # Added onto the gradient of the tied head: differentiated with the rest, the look-up would
         # have an array of the embedding's size to itself first.
         embedding_gradient = gradients["embedding"].at[batch.student_BxT].add(embedded_gradient)
         return Accumulator(
             gradients=gradients | {"embedding": embedding_gradient},
             sums=sums,
+            anchor=to_base,
             tokens=jnp.sum(batch.lengths_B),
+            shares=jnp.sum(batch.shares_B),
         )
 
     def accumulate(
-        student: Params, teacher: Params, accumulator: Accumulator, batch: DistillBatch
+        student: Params,
+        teacher: Params,
+        accumulator: Accumulator,
+        batch: DistillBatch,
+        base: Params | None = None,
     ) -> Accumulator:
-        new = single(student, teacher, batch)
+        new = single(student, teacher, batch, base)
         return Accumulator(
             gradients=jax.tree.map(jnp.add, accumulator.gradients, new.gradients),
             sums=losses.merge_sums(accumulator.sums, new.sums),
+            anchor=accumulator.anchor + new.anchor,
             tokens=accumulator.tokens + new.tokens,
+            shares=accumulator.shares + new.shares,
         )
 
     def apply(
         state: TrainState, accumulator: Accumulator
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         tokens = jnp.maximum(accumulator.tokens, 1).astype(jnp.float32)
-        gradients = jax.tree.map(lambda leaf: leaf * (1 / tokens), accumulator.gradients)
+        shares = jnp.where(accumulator.shares > 0, accumulator.shares, 1.0)
+        gradients = jax.tree.map(lambda leaf: leaf * (1 / shares), accumulator.gradients)
         moments = state.optimizer
         if offload_optimizer:
             moments = jax.device_put(moments, on_device)
         updates, optimizer_state = optimizer.update(gradients, moments, state.student)
         student = optax.apply_updates(state.student, updates)
         sums = accumulator.sums
-        loss, norm = sums.divergence / tokens, optax.tree.norm(gradients)
+        loss, norm = sums.divergence / shares, optax.tree.norm(gradients)
+        if anchor:
+            anchor_kl = accumulator.anchor / shares
+            loss += anchor * anchor_kl
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         student, optimizer_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
@@ -227,15 +302,24 @@ def make_train_step(
             "loss": loss,
             "student_entropy": sums.student_entropy / tokens,
             "teacher_entropy": sums.teacher_entropy / tokens,
-            "logprob_gap_mean": sums.gap / tokens,
-            "logprob_gap_max": sums.gap_max,
             "grad_norm": norm,
             "skipped": ~finite,
         }
+        if on_policy:
+            metrics |= {"logprob_gap_mean": sums.gap / tokens, "logprob_gap_max": sums.gap_max}
+        if anchor:
+            metrics["anchor_kl"] = anchor_kl
         state = dataclasses.replace(
             state, student=student, optimizer=optimizer_state, step=state.step + 1
         )
         return state, metrics
+
+    def refresh(student: Params, teacher: Params) -> Params:
+        if not teacher_decay:
+            return cast(student)
+        return jax.tree.map(
+            lambda old, new: teacher_decay * old + (1 - teacher_decay) * new, teacher, student
+        )
 
     # Every output's sharding is stated: left to the compiler, fresh moments and gradients (zeros,
     # which depend on nothing) would be whole on every device.
@@ -258,9 +342,12 @@ def make_train_step(
         teacher=shardings,
         optimizer=on_host if offload_optimizer else on_device,
         step=whole,
+        base=shardings if anchor else None,
     )
     sums = jax.tree.map(lambda _: whole, jax.eval_shape(losses.zero_sums))
-    placed_accumulator = Accumulator(gradients=shardings, sums=sums, tokens=whole)
+    placed_accumulator = Accumulator(
+        gradients=shardings, sums=sums, anchor=whole, tokens=whole, shares=whole
+    )
     return TrainStep(
         like=jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -274,7 +361,7 @@ def make_train_step(
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(placed, whole)),
         # keep_unused: a teacher dropped as unused would be donated to nobody, and not aliased.
         refresh=jax.jit(
-            lambda student, teacher: cast(student),
+            refresh,
             donate_argnums=1,
             keep_unused=True,
             out_shardings=shardings,
@@ -311,7 +398,7 @@ def response_mask(batch: DistillBatch) -> jax.Array:
 
 
 def refresh_due(step: int, every: int) -> bool:
-    """Whether the teacher takes the student's weights after update `step` (counted from 1).
+    """Whether the teacher is refreshed from the student after update `step` (counted from 1).
 
     `every` is M of the paper; 0 freezes the teacher at the base model.
     """

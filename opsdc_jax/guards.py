@@ -236,7 +236,8 @@ def risky_settings(settings: ConfigDict) -> list[str]:
       settings: the whole configuration.
     """
     found = []
-    if 0 < settings.teacher.every < _SMALL_M:
+    every = settings.teacher.every / (1 - settings.teacher.decay)  # until it is mostly the student
+    if 0 < every < _SMALL_M:
         found.append(
             f"teacher.every={settings.teacher.every}: with a teacher refreshed this often the "
             f"student collapses; use {_SMALL_M} steps or more"

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from opsdc_jax import sharding
-from opsdc_jax.divergences import DIVERGENCES, Divergence, Pair, Slopes, moments
+from opsdc_jax.divergences import Divergence, Pair, Slopes, moments
 from opsdc_jax.models.attention import MASKED
 
 # Entries of the vocabulary whose slopes a CPU forms at a time, see `_add_gradients`.
@@ -32,7 +32,7 @@ class TokenSums(NamedTuple):
     """Float32 sums over response tokens (a maximum where it says so); divide by their number.
 
     Attributes:
-      divergence: the loss, in nats.
+      divergence: the loss, in nats, each position's times its weight.
       student_entropy, teacher_entropy: -sum_v p log p of each side, in nats.
       gap, gap_max: |sampler's - trainer's log-probability| of the sampled tokens, summed / maximum.
     """
@@ -46,7 +46,7 @@ class TokenSums(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def divergence_sums(
-    name: str,
+    divergence: Divergence,
     vocab_size: int,
     chunk_tokens: int,
     mesh: Mesh | None,
@@ -56,6 +56,7 @@ def divergence_sums(
     teacher_head_VxD: jax.Array,
     tokens_BxR: jax.Array,
     logprobs_BxR: jax.Array,
+    weights_BxR: jax.Array,
     mask_BxR: jax.Array,
 ) -> TokenSums:
     """Sums of a divergence and of the logged statistics over the positions in `mask_BxR`.
@@ -65,21 +66,21 @@ def divergence_sums(
     in float32.
 
     Args:
-      name: a key of `divergences.DIVERGENCES`.
+      divergence: one of opsdc_jax/divergences.py (`divergences.choose`).
       vocab_size: the tokenizer's entries; both sides are normalised over them.
       chunk_tokens: positions of a chunk, of all rows together; at least one of each row.
       mesh: where the arrays are, rows split over its batch axes; None is one device.
       tokens_BxR, logprobs_BxR: sampled ids and the sampler's log-probabilities of them.
+      weights_BxR: float32, of each position in `divergence`; the other sums are plain ones.
       mask_BxR: True at response tokens; all else takes no part.
     """
     arrays = student_BxRxD, student_head_VxD, teacher_BxRxD, teacher_head_VxD
-    return _forward(
-        name, vocab_size, chunk_tokens, mesh, *arrays, tokens_BxR, logprobs_BxR, mask_BxR
-    )[0]
+    labels = tokens_BxR, logprobs_BxR, weights_BxR, mask_BxR
+    return _forward(divergence, vocab_size, chunk_tokens, mesh, *arrays, *labels)[0]
 
 
 def _forward(
-    name: str,
+    divergence: Divergence,
     vocab_size: int,
     chunk_tokens: int,
     mesh: Mesh | None,
@@ -93,7 +94,7 @@ def _forward(
     # Cast here: before the heads are laid out anew, and once for all chunks.
     heads = (head.astype(student_BxRxD.dtype) for head in (student_head_VxD, teacher_head_VxD))
     inputs = (student_BxRxD, teacher_BxRxD, *labels_BxR)
-    local = functools.partial(_local, DIVERGENCES[name], vocab_size, chunk_tokens)
+    local = functools.partial(_local, divergence, vocab_size, chunk_tokens)
     if mesh is None or mesh.size == 1:
         sums, hidden_gradient, head_gradient = local((), (), *heads, *inputs)
     else:
@@ -102,7 +103,7 @@ def _forward(
 
 
 def _backward(
-    name: str,
+    divergence: Divergence,
     vocab_size: int,
     chunk_tokens: int,
     mesh: Mesh | None,
@@ -111,7 +112,7 @@ def _backward(
 ) -> tuple:
     scale = cotangent.divergence
     hidden, head = (gradient * scale.astype(gradient.dtype) for gradient in gradients)
-    return hidden, head, None, None, None, None, None
+    return hidden, head, None, None, None, None, None, None
 
 
 divergence_sums.defvjp(_forward, _backward)
@@ -148,7 +149,7 @@ def _over_mesh(
     sums, hidden_gradient, head_gradient = jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=(head, head, hidden, hidden, whole, whole, whole),
+        in_specs=(head, head, hidden, hidden, whole, whole, whole, whole),
         out_specs=(whole, hidden, head),
         check_vma=False,  # a carry that starts as zeros varies over no axis yet
     )(*(jnp.pad(x, padding) for x in (student_head_VxD, teacher_head_VxD)), *inputs)
@@ -171,7 +172,7 @@ def _local(
 
     Args:
       row_axes, vocab_axes: mesh axes that rows and head are split over; none on one device.
-      labels_BxR: tokens, log-probabilities and mask, of the rows of all devices.
+      labels_BxR: tokens, log-probabilities, weights and mask, of the rows of all devices.
     """
     B, R, D = student_BxRxD.shape
     # Chunks run along R, so that rows stay where they are; of one width, and as few as can be.
@@ -225,6 +226,7 @@ def _local(
             head_gradient,
             pair.student_CxV,
             pair.teacher_CxV,
+            ids_V,
             student_CxD,
             student_head_VxD,
         )
@@ -244,17 +246,18 @@ def _add_gradients(
     """A chunk's gradients: of its hidden states [C, D], and added to that of the head [V, D].
 
     Args:
-      arrays: logits of student and teacher [C, V], the student's hidden states, its head.
+      arrays: logits of student and teacher [C, V], ids [V], the student's hidden states, its head.
     """
 
     def whole(
         head_gradient: jax.Array,
         student_CxW: jax.Array,
         teacher_CxW: jax.Array,
+        ids_W: jax.Array,
         hidden_CxD: jax.Array,
         head_WxD: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        slopes_CxW = slopes(student_CxW, teacher_CxW).astype(hidden_CxD.dtype)
+        slopes_CxW = slopes(student_CxW, teacher_CxW, ids_W).astype(hidden_CxD.dtype)
         hidden_gradient = _product("cv,vd->cd", slopes_CxW, head_WxD)
         return hidden_gradient, head_gradient + _product("cv,cd->vd", slopes_CxW, hidden_CxD)
 
@@ -262,6 +265,7 @@ def _add_gradients(
         head_gradient: jax.Array,
         student_CxV: jax.Array,
         teacher_CxV: jax.Array,
+        ids_V: jax.Array,
         hidden_CxD: jax.Array,
         head_VxD: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
@@ -276,6 +280,7 @@ def _add_gradients(
                 rows(head_gradient),
                 rows(student_CxV, axis=1),
                 rows(teacher_CxV, axis=1),
+                rows(ids_V),
                 hidden_CxD,
                 rows(head_VxD),
             )
@@ -310,9 +315,10 @@ def _chunk(
     vocab_axes: tuple[str, ...],
     tokens_C: jax.Array,
     logprobs_C: jax.Array,
+    weights_C: jax.Array,
     mask_C: jax.Array,
 ) -> tuple[TokenSums, Pair, Slopes]:
-    """One chunk's sums, its pair, and the slopes of its summed divergence."""
+    """One chunk's sums, its pair, and the slopes of its weighted divergence."""
     student_CxV, teacher_CxV = (
         logits - jax.lax.pmax(jnp.max(logits, axis=-1), vocab_axes)[:, None]
         for logits in (student_CxV, teacher_CxV)
@@ -321,25 +327,30 @@ def _chunk(
     student, teacher = add_up(
         (moments(student_CxV, teacher_CxV), moments(teacher_CxV, student_CxV))
     )
-    pair = Pair(student_CxV, teacher_CxV, student, teacher, add_up)
-    divergence_C, slopes = divergence(pair)
     column_C = tokens_C - ids_V[0]
     here_C = (column_C >= 0) & (column_C < len(ids_V))  # ids of other devices' rows give zero
     logit_C = jnp.take_along_axis(student_CxV, column_C[:, None], axis=-1, mode="clip")[:, 0]
     logprob_C = add_up(jnp.where(here_C, logit_C, 0.0)) - jnp.log(student.total)
+    pair = Pair(student_CxV, teacher_CxV, student, teacher, tokens_C, logprob_C, add_up)
+    divergence_C, slopes = divergence(pair)
 
     def total(values_C: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(mask_C, values_C, 0.0))
 
     gap_C = jnp.where(mask_C, jnp.abs(logprob_C - logprobs_C), 0.0)
     sums = TokenSums(
-        divergence=total(divergence_C),
+        divergence=total(divergence_C * weights_C),
         student_entropy=total(student.entropy),
         teacher_entropy=total(teacher.entropy),
         gap=jnp.sum(gap_C),
         gap_max=jnp.max(gap_C),
     )
-    return sums, pair, lambda *logits: jnp.where(mask_C[:, None], slopes(*logits), 0.0)
+
+    def weighted(student: jax.Array, teacher: jax.Array, ids_W: jax.Array) -> jax.Array:
+        slopes_CxW = slopes(student, teacher, ids_W) * weights_C[:, None]
+        return jnp.where(mask_C[:, None], slopes_CxW, 0.0)
+
+    return sums, pair, weighted
 
 
 def zero_sums() -> TokenSums:

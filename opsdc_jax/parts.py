@@ -18,6 +18,7 @@ from opsdc_jax.files import fingerprint
 from opsdc_jax.models import hf, qwen3, weights
 from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.prompts import Prompts
+from opsdc_jax.rewards import needs_answers
 from opsdc_jax.sampler import Sampler, decode_mesh
 from opsdc_jax.sampling import TRAIN_STREAM, sequence_keys
 
@@ -135,7 +136,12 @@ def open_data(settings: ConfigDict, prompts: Prompts) -> tuple[data.Source, list
     def accept(example: Example) -> str | None:
         return prompts.rejection(example.problem, settings.sampler.max_prompt_tokens)
 
-    source = data.open_source(seed=settings.seed, accept=accept, **settings.data)
+    source = data.open_source(
+        seed=settings.seed,
+        accept=accept,
+        need_answers=needs_answers(settings.loss),
+        **settings.data,
+    )
     columns = ("split", "subset", "problem_column", "answer_column", "level_column")
     benchmarks = open_benchmarks(
         settings.eval.source,
@@ -184,9 +190,9 @@ def describe(settings: ConfigDict, parts: Parts, workdir: pathlib.Path) -> None:
         " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
         for mesh in (parts.mesh, parts.sampler.mesh)
     )
-    teacher = (
-        f"refreshed every {settings.teacher.every} steps" if settings.teacher.every else "frozen"
-    )
+    every, decay = settings.teacher.every, settings.teacher.decay
+    teacher = f"refreshed every {every} steps" if every else "frozen"
+    teacher += f", of which it keeps {decay}" if decay else ""
     print(
         f"model    {settings.model.path}: {size / 1e6:,.2f} M parameters, "
         f"{parts.model.num_hidden_layers} layers, {settings.model.compute_dtype}\n"

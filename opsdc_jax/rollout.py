@@ -51,6 +51,8 @@ class DistillBatch:
       response_BxR: response ids.
       lengths_B: response lengths; 0 marks a padding row, which takes no part in anything.
       logprobs_BxR: the sampler's log-probabilities, for the sampler/trainer gap.
+      weights_B: float32, of each response token of the row in the loss, see `loss_weights`.
+      shares_B: float32, what the row adds to the denominator of the loss.
     """
 
     student_BxT: Array
@@ -60,6 +62,8 @@ class DistillBatch:
     response_BxR: Array
     lengths_B: Array
     logprobs_BxR: Array
+    weights_B: Array
+    shares_B: Array
 
 
 def left_pad(prompts: Sequence[Sequence[int]], width: int, pad_id: int) -> np.ndarray:
@@ -151,7 +155,35 @@ def pair(
         response_BxR=padded(responses, response_width, np.int32, pad_id),
         lengths_B=lengths,
         logprobs_BxR=padded(cut(rollout.logprobs_BxR), response_width, np.float32, 0.0),
+        weights_B=np.ones(len(lengths), np.float32),
+        shares_B=lengths.astype(np.float32),
     )
+
+
+def loss_weights(
+    rule: str, lengths_B: np.ndarray, credit_B: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """How the tokens of a micro-batch are averaged: each row's weight of a token, and its share.
+
+    The loss is the sum of weight * divergence over the tokens of all micro-batches of a step, over
+    the sum of the shares of all their rows.
+
+    Args:
+      rule: "tokens", the mean over the tokens of the step (OPSDC, arXiv 2603.05433); "sequences",
+        the mean of the rows' own means; "micro_batches", the mean of the micro-batches' means, in
+        which a token counts the less the more tokens its micro-batch has; or "advantages", in which
+        a row's tokens are weighted by its credit, and all of them are counted.
+      credit_B: of the rows; but for "advantages" 0 leaves a row out and 1 keeps it.
+
+    Returns:
+      float32 weights_B and shares_B.
+    """
+    if rule == "advantages":
+        return credit_B.astype(np.float32), lengths_B.astype(np.float32)
+    counted_B = credit_B * lengths_B
+    divisors = {"tokens": 1, "sequences": lengths_B, "micro_batches": counted_B.sum()}
+    divisor = np.maximum(divisors[rule], 1)
+    return (credit_B / divisor).astype(np.float32), (counted_B / divisor).astype(np.float32)
 
 
 def micro_batches(
@@ -162,11 +194,14 @@ def micro_batches(
     micro_batch_size: int,
     longest: int,
     pad_id: int,
+    weights: str = "tokens",
+    credit_B: np.ndarray | None = None,
 ) -> list[DistillBatch]:
     """Cuts a batch into micro-batches of rows of similar length, each padded to its own width only.
 
-    The loss is a sum over response tokens divided by their number over the whole batch, so neither
-    the order nor the cut changes it; short rollouts just cost less.
+    The loss is a weighted sum over response tokens divided by a sum over the rows of the whole
+    batch, so neither the order nor the cut changes it, but where `weights` is "micro_batches";
+    short rollouts just cost less.
 
     A micro-batch's width is chosen once, for the student's rows (`row_widths`); the teacher's are
     wider by what the instruction adds, which is the same for all prompts of a run, and so the
@@ -174,7 +209,10 @@ def micro_batches(
 
     Args:
       longest: the budgets of prompt and response together, in tokens.
+      weights, credit_B: see `loss_weights`; None is a credit of 1 for all rows.
     """
+    if credit_B is None:
+        credit_B = np.ones(len(student_prompts))
     host = jax.tree.map(np.asarray, rollout)
     student_T, teacher_T = (
         np.array([len(prompt) for prompt in prompts]) + host.lengths_B
@@ -187,17 +225,17 @@ def micro_batches(
     for start in range(0, len(order), micro_batch_size):
         rows = order[start : start + micro_batch_size]
         width = fitting(row_widths(longest), int(needed[rows].max()))
-        batches.append(
-            pair(
-                jax.tree.map(lambda leaf, rows=rows: leaf[rows], host),
-                [student_prompts[row] for row in rows],
-                [teacher_prompts[row] for row in rows],
-                student_width=width,
-                teacher_width=width + extra,
-                response_width=min(width, host.tokens_BxR.shape[1]),
-                pad_id=pad_id,
-            )
+        batch = pair(
+            jax.tree.map(lambda leaf, rows=rows: leaf[rows], host),
+            [student_prompts[row] for row in rows],
+            [teacher_prompts[row] for row in rows],
+            student_width=width,
+            teacher_width=width + extra,
+            response_width=min(width, host.tokens_BxR.shape[1]),
+            pad_id=pad_id,
         )
+        weights_B, shares_B = loss_weights(weights, batch.lengths_B, credit_B[rows])
+        batches.append(dataclasses.replace(batch, weights_B=weights_B, shares_B=shares_B))
     return batches
 
 
@@ -227,6 +265,9 @@ def abstract_batches(
     def tokens(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, np.int32)
 
+    def numbers(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.float32)
+
     B, batches = micro_batch_size, []
     for width in reversed(row_widths(longest)):
         R = min(width, response_width)
@@ -238,7 +279,9 @@ def abstract_batches(
                 teacher_prompt_B=tokens(B),
                 response_BxR=tokens(B, R),
                 lengths_B=tokens(B),
-                logprobs_BxR=jax.ShapeDtypeStruct((B, R), np.float32),
+                logprobs_BxR=numbers(B, R),
+                weights_B=numbers(B),
+                shares_B=numbers(B),
             )
         )
     return batches

@@ -108,7 +108,7 @@ def keep_top(logits_BxV: jax.Array, top_k: int | jax.Array, top_p: float | jax.A
     top_k, top_p = jnp.asarray(top_k), jnp.asarray(top_p, jnp.float32)
     V = logits_BxV.shape[-1]
     k = jnp.where(top_k > 0, jnp.minimum(top_k, V), V)
-    order_BxV = _ordered(logits_BxV)
+    order_BxV = ordered(logits_BxV)
     highest_B = jnp.max(order_BxV, axis=-1)
     masses_BxV = jnp.exp(logits_BxV - jnp.max(logits_BxV, axis=-1, keepdims=True))
 
@@ -119,7 +119,7 @@ def keep_top(logits_BxV: jax.Array, top_k: int | jax.Array, top_p: float | jax.A
     lowest_B = jnp.min(order_BxV, axis=-1)
     kth_B = jax.lax.cond(
         k < V,
-        lambda: _least(lambda bound_B: higher(1, bound_B) < k, lowest_B, highest_B),
+        lambda: least(lambda bound_B: higher(1, bound_B) < k, lowest_B, highest_B),
         lambda: lowest_B,
     )
 
@@ -128,7 +128,7 @@ def keep_top(logits_BxV: jax.Array, top_k: int | jax.Array, top_p: float | jax.A
         ties_B = k - higher(1, kth_B)
         tied_B = jnp.max(jnp.where(order_BxV == kth_B[:, None], masses_BxV, 0), axis=-1)
         whole_B = higher(masses_BxV, kth_B) + ties_B * tied_B
-        return _least(
+        return least(
             lambda bound_B: higher(masses_BxV, bound_B) < top_p * whole_B, kth_B, highest_B
         )
 
@@ -136,13 +136,13 @@ def keep_top(logits_BxV: jax.Array, top_k: int | jax.Array, top_p: float | jax.A
     return jnp.where(order_BxV >= last_B[:, None], logits_BxV, -jnp.inf)
 
 
-def _ordered(values: jax.Array) -> jax.Array:
+def ordered(values: jax.Array) -> jax.Array:
     """Integers in the order of float32 values; -0 is 0."""
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
     return jnp.where(bits < 0, -(bits & (2**31 - 1)), bits)
 
 
-def _least(
+def least(
     holds: Callable[[jax.Array], jax.Array], low_B: jax.Array, high_B: jax.Array
 ) -> jax.Array:
     """In each row the least integer from `low_B` on for which `holds`; else `high_B`.

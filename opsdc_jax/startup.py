@@ -71,7 +71,7 @@ def step_programs(
       rows: sharding of a batch.
       single: whether a step is one micro-batch.
     """
-    student, teacher = jitted.like.student, jitted.like.teacher
+    student, teacher, base = jitted.like.student, jitted.like.teacher, jitted.like.base
     zeros = jitted.zeros.lower(student)  # type: ignore[attr-defined]
     accumulator = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -88,9 +88,9 @@ def step_programs(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), batch
         )
         if single:
-            yield compiled(jitted.single, student, teacher, placed)
+            yield compiled(jitted.single, student, teacher, placed, base)
         else:
-            yield compiled(jitted.accumulate, student, teacher, accumulator, placed)
+            yield compiled(jitted.accumulate, student, teacher, accumulator, placed, base)
 
 
 def worth_compiling_ahead() -> bool:

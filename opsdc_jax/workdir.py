@@ -102,8 +102,12 @@ class Workdir:
     def _refuse_other_run(self) -> None:
         theirs = flatten(ConfigDict(read_json(self._stored)))
         ours = flatten(ConfigDict(self._config))
+        bound = {"train.micro_batch_size"} if ours["loss.weights"] == "micro_batches" else set()
         changed = differing_keys(
-            *({k: v for k, v in c.items() if not _FREE.match(k)} for c in (ours, theirs))
+            *(
+                {k: v for k, v in c.items() if k in bound or not _FREE.match(k)}
+                for c in (ours, theirs)
+            )
         )
         if changed:
             raise InputError(

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from opsdc_jax import cli, config, losses
+from opsdc_jax.divergences import reverse_kl
 from opsdc_jax.models import qwen3
 
 GIB = 2**30
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     args = cli.parse(values, argv)
 
     def chunked(*arrays: jax.Array) -> jax.Array:
-        sums = losses.divergence_sums("reverse_kl", args.entries, args.chunk, None, *arrays)
+        sums = losses.divergence_sums(reverse_kl, args.entries, args.chunk, None, *arrays)
         return sums.divergence
 
     def dense(*arrays: jax.Array) -> jax.Array:
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     hidden = (args.rows, args.tokens // args.rows, args.width)
     head = (args.vocabulary, args.width)
     kinds = [(hidden, "float32"), (head, "float32")] * 2
-    kinds += [(hidden[:2], kind) for kind in ("int32", "float32", "bool")]
+    kinds += [(hidden[:2], kind) for kind in ("int32", "float32", "float32", "bool")]
     shapes = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
     programs = {
         loss.__name__: jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile()

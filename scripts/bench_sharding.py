@@ -227,6 +227,8 @@ def inputs(work: Work, mesh: Any) -> tuple[sampler.Request, list[rollout.Distill
         response_BxR=responses,
         lengths_B=np.full(B, work.response, np.int32),
         logprobs_BxR=np.zeros((B, work.response), np.float32),
+        weights_B=np.ones(B, np.float32),
+        shares_B=np.full(B, work.response, np.float32),
     )
     keys = sampling.sequence_keys(0, sampling.TRAIN_STREAM, 0, np.arange(B))
     request = sampler.Request(

@@ -33,6 +33,7 @@ from opsdc_jax import (
     guards,
     report,
     results,
+    rewards,
     rollout,
     samples,
     sharding,
@@ -111,6 +112,7 @@ def train(
       GuardError: a guard stopped it.
     """
     compilations = CompileCounter()
+    on_policy = settings.sampler.policy == "student"
     jitted = distill.make_train_step(
         parts.model,
         distill.make_optimizer(settings.optim),
@@ -119,6 +121,10 @@ def train(
         vocab_size=len(parts.tokenizer),
         shardings=parts.shardings,
         teacher_dtype=settings.model.teacher_dtype,
+        top_k=settings.loss.top_k,
+        teacher_decay=settings.teacher.decay,
+        anchor=settings.loss.anchor,
+        on_policy=on_policy,
         offload_optimizer=settings.optim.offload,
     )
     rows = sharding.batch_sharding(parts.mesh)
@@ -188,9 +194,10 @@ def train(
                     checkpoints.save(state, step - 1)
                 return stopped(step - 1)
             with sharding.explicit_transfers():
-                finish = parts.sampler.start(
-                    state.student, asked.student_prompts, asked.keys_B, sampling
-                )
+                policy, prompts = state.student, asked.student_prompts
+                if not on_policy:
+                    policy, prompts = state.teacher, asked.teacher_prompts
+                finish = parts.sampler.start(policy, prompts, asked.keys_B, sampling)
                 # The last step's metrics, while this step's rollout runs.
                 guard.add(progress.print_pending(), state)
                 sampled = finish()
@@ -199,6 +206,7 @@ def train(
                     # Before the update: by the very student that sampled, and its teacher.
                     kept = writer.start(step, state.student, state.teacher, asked, sampled)
 
+                credit = rewards.credit(settings, parts.tokenizer, asked.examples, prompts, sampled)
                 micro_batches = rollout.micro_batches(
                     sampled,
                     asked.student_prompts,
@@ -206,15 +214,17 @@ def train(
                     micro_batch_size=settings.train.micro_batch_size,
                     longest=longest,
                     pad_id=parts.tokenizer.pad_token_id,
+                    weights=settings.loss.weights,
+                    credit_B=credit.of_rows,
                 )
                 batches = (sharding.place(batch, rows) for batch in micro_batches)
                 if len(micro_batches) == 1:
-                    accumulator = jitted.single(state.student, state.teacher, *batches)
+                    accumulator = jitted.single(state.student, state.teacher, *batches, state.base)
                 else:
                     accumulator = jitted.zeros(state.student)
                     for batch in batches:
                         accumulator = jitted.accumulate(
-                            state.student, state.teacher, accumulator, batch
+                            state.student, state.teacher, accumulator, batch, state.base
                         )
                 state, metrics = jitted.apply(state, accumulator)
                 del accumulator  # a gradient's memory, through the next rollout
@@ -227,6 +237,7 @@ def train(
                     writer.finish(kept)
 
             metrics["padding_efficiency"] = rollout.padding_efficiency(micro_batches)
+            metrics |= credit.metrics
             progress.add(step, metrics, sampled, compilations.count)
             evaluation_due = due(step, settings.eval.every, last_step)
             save_due = due(step, settings.checkpoint.every_steps, last_step)

@@ -10,7 +10,7 @@ import json
 import hf_reference
 import numpy as np
 from helpers import relative_error
-from test_losses import MASK, brute_force, chunked
+from test_losses import MASK, WEIGHTS, brute_force, chunked
 from test_qwen3 import all_logits, relative_gap
 from test_sampler import NEW_TOKENS, PAD_ID, PROMPT_WIDTH, sample, trainers_logprobs
 from test_vocabulary import ENTRIES, sampled_ids
@@ -54,7 +54,7 @@ def main() -> None:
     for name in DIVERGENCE_NAMES:
         expected, expected_gradients = brute_force(name)
         sums, gradients = chunked(name, 16)
-        total = expected[MASK].sum()
+        total = (expected * WEIGHTS)[MASK].sum()
         figures = {
             "mean": float(expected[MASK].mean()),
             "loss_relative": abs(float(sums.divergence) - total) / total,

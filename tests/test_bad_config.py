@@ -113,6 +113,26 @@ TEXTS: list[Case] = [
 CONTRADICTIONS: list[Case] = [
     ("micro-batches", lambda s: s.train("--config.train.micro_batch_size=5"), "not a multiple of"),
     (
+        "nll that teaches nothing",
+        lambda s: s.train("--config.loss.divergence=nll"),
+        "loss.divergence='nll' on the student's own responses",
+    ),
+    (
+        "advantages of a divergence",
+        lambda s: s.train("--config.loss.weights=advantages"),
+        "loss.weights='advantages' is the policy gradient",
+    ),
+    (
+        "part of a divergence that has none",
+        lambda s: s.train("--config.loss.divergence=jsd", "--config.loss.top_k=5"),
+        "loss.top_k=5 is of the reverse KL alone",
+    ),
+    (
+        "a teacher that never changes and does",
+        lambda s: s.train("--config.teacher.every=0", "--config.teacher.decay=0.9"),
+        "teacher.decay=0.9 with teacher.every=0",
+    ),
+    (
         "many samples without chance",
         lambda s: s.train("--config.eval.temperature=0", "--config.eval.samples=2"),
         "would all be the same",

@@ -113,6 +113,11 @@ ROWS_THAT_LIE: list[Case] = [
         "no column problem or question",
     ),
     (
+        "no answers for a gate",
+        lambda s: [*s.data("a.jsonl", [{"problem": "x"}]), "--config.loss.only_correct=True"],
+        "a.jsonl:1: has no answer to grade with.*data.answer_column",
+    ),
+    (
         "a column named wrongly",
         lambda s: [*s.data("a.jsonl", ROWS), "--config.data.problem_column=text"],
         "no column text, only problem, answer.*data.problem_column",

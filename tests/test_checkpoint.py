@@ -1,6 +1,7 @@
 """A saved train state comes back bit for bit, or the one before it does."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -51,6 +52,19 @@ def test_save_and_restore(tmp_path, state):
     with Checkpointer(tmp_path / "checkpoints", keep=2) as checkpoints:
         blank = jax.tree.map(jnp.zeros_like, state)
         assert same(checkpoints.restore(3, like=blank), state)
+
+
+def test_the_base_is_saved_where_there_is_one(tmp_path, state):
+    """A run without an anchor keeps the layout it always had."""
+    base = random_params(SMALL, 2)
+    anchored = dataclasses.replace(state, base=base)
+    for name, kept, more in (("plain", state, set()), ("anchored", anchored, {"base"})):
+        with Checkpointer(tmp_path / name, keep=1) as checkpoints:
+            checkpoints.save(kept, 3)
+        with Checkpointer(tmp_path / name, keep=1) as checkpoints:
+            assert same(checkpoints.restore(3, like=jax.tree.map(jnp.zeros_like, kept)), kept)
+        there = {path.name for path in (tmp_path / name / "3").iterdir() if path.is_dir()}
+        assert there == {"student", "teacher", "optimizer"} | more
 
 
 def test_the_student_alone(tmp_path, state):

@@ -12,6 +12,7 @@ from opsdc_jax import cli, config
 from opsdc_jax.config import InputError, default_config, differing_keys, flatten, validate
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+POLICY_GRADIENT = {"loss.divergence": "nll", "loss.weights": "advantages"}
 TINY = str(ROOT / "configs" / "tiny.py")
 
 
@@ -51,6 +52,13 @@ def test_every_config_is_valid_and_adds_no_key(path):
         ("optim.b2", 1.0, "must be in"),
         ("loss.divergence", "kl", "is not one of.*reverse_kl"),
         ("model.compute_dtype", "float16", "is not one of.*bfloat16"),
+        ("loss.weights", "rows", "is not one of.*sequences"),
+        ("loss.anchor", -0.1, "loss.anchor=-0.1 must not be negative"),
+        ("loss.length_penalty", 1.5, "must be at least 0 and at most 1"),
+        ("sampler.policy", "base", "is not one of.*teacher"),
+        ("loss.top_k", -1, "loss.top_k=-1 must not be negative"),
+        ("teacher.decay", 1.0, r"teacher.decay=1.0 must be in \[0, 1\)"),
+        ("teacher.decay", 0.95, "less than bfloat16 can hold: set model.teacher_dtype='float32'"),
         ("train.micro_batch_size", 5, "32 is not a multiple of train.micro_batch_size=5"),
         ("sampler.slots", -1, "sampler.slots=-1 must not be negative"),
         ("seed", -1, "seed=-1"),
@@ -60,6 +68,32 @@ def test_every_config_is_valid_and_adds_no_key(path):
 def test_bad_values_are_refused_by_name(key, value, message):
     settings = default_config()
     settings.update_from_flattened_dict({key: value})
+    with pytest.raises(InputError, match=message):
+        validate(settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"teacher.decay": 0.5, "teacher.every": 0, "model.teacher_dtype": "float32"},
+            "teacher.every=0 is a teacher that never changes",
+        ),
+        ({"loss.top_k": 5, "loss.divergence": "jsd"}, "loss.top_k=5 is of the reverse KL alone"),
+        ({"loss.weights": "advantages"}, "set loss.divergence='nll'"),
+        (POLICY_GRADIENT | {"sampler.policy": "teacher"}, "and sampler.policy='student'"),
+        (POLICY_GRADIENT | {"loss.only_correct": True}, "learns from wrong answers too"),
+        (
+            POLICY_GRADIENT | {"train.batch_size": 1, "train.micro_batch_size": 1},
+            "raise train.batch_size",
+        ),
+        ({"loss.length_penalty": 0.5}, "loss.length_penalty=0.5 is of the policy gradient alone"),
+        ({"loss.divergence": "nll"}, "teaches nothing: set sampler.policy='teacher'"),
+    ],
+)
+def test_contradictions_are_refused(changes, message):
+    settings = default_config()
+    settings.update_from_flattened_dict(changes)
     with pytest.raises(InputError, match=message):
         validate(settings)
 

@@ -23,12 +23,12 @@ OPTIM = types.SimpleNamespace(
 )
 
 
-def make_train_step(teacher_dtype, **options):
+def make_train_step(teacher_dtype="float32", divergence="reverse_kl", **options):
     mesh = sharding.make_mesh({"replica": 1, "fsdp": -1, "tensor": 1})
     return distill.make_train_step(
         SMALL,
         distill.make_optimizer(OPTIM),
-        divergence="reverse_kl",
+        divergence=divergence,
         chunk_tokens=16,
         vocab_size=ENTRIES,
         shardings=qwen3.shardings(SMALL, mesh),
@@ -39,7 +39,7 @@ def make_train_step(teacher_dtype, **options):
 
 @pytest.fixture(scope="module")
 def jitted():
-    return make_train_step(teacher_dtype="float32")
+    return make_train_step()
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def batch_inputs():
 
 
 def accumulated(jitted, student, teacher, batches):
-    if len(batches) == 1:
+    if len(batches) == 1 and len(batches[0].lengths_B) >= ROWS:
         return jitted.single(student, teacher, *batches)
     accumulator = jitted.zeros(student)
     for batch in batches:
@@ -83,10 +83,17 @@ def accumulated(jitted, student, teacher, batches):
     return accumulator
 
 
-def cut(batch_inputs, micro_batch_size):
+def cut(batch_inputs, micro_batch_size, **options):
+    longest = PROMPT_WIDTH + WIDTH
     return micro_batches(
-        *batch_inputs, micro_batch_size=micro_batch_size, longest=PROMPT_WIDTH + WIDTH, pad_id=PAD
+        *batch_inputs, micro_batch_size=micro_batch_size, longest=longest, pad_id=PAD, **options
     )
+
+
+def mean(jitted, student, teacher, batches):
+    """(loss, gradient) of a step."""
+    parts = accumulated(jitted, student, teacher, batches)
+    return jax.tree.map(lambda leaf: leaf / parts.shares, (parts.sums.divergence, parts.gradients))
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +166,128 @@ def test_padding_rows_and_padding_tokens_change_nothing(
     assert int(parts.tokens) == int(whole.tokens)
     assert float(parts.sums.divergence) == pytest.approx(float(whole.sums.divergence), rel=1e-6)
     assert relative_error(parts.gradients, whole.gradients) <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def row_means(jitted, student, teacher, batch_inputs):
+    """The (loss, gradient) of each row alone, in the order of their lengths."""
+    batches = cut(batch_inputs, 1)
+    assert [int(batch.lengths_B[0]) for batch in batches] == [1, 3, 9, 16]
+    return [mean(jitted, student, teacher, [batch]) for batch in batches]
+
+
+def averaged(means, weights):
+    return jax.tree.map(lambda *leaves: np.average(leaves, axis=0, weights=weights), *means)
+
+
+# Rows have 1, 3, 9 and 16 tokens, in this order.
+@pytest.mark.parametrize(
+    ("rule", "micro_batch_size", "weights"),
+    [
+        ("sequences", 4, (1, 1, 1, 1)),
+        ("sequences", 2, (1, 1, 1, 1)),
+        ("micro_batches", 4, (1, 3, 9, 16)),
+        ("micro_batches", 2, (1 / 4, 3 / 4, 9 / 25, 16 / 25)),
+    ],
+)
+def test_means_are_those_of_the_rows(
+    jitted, student, teacher, batch_inputs, row_means, rule, micro_batch_size, weights
+):
+    """The cut into micro-batches decides in "micro_batches", as in the reference code, alone."""
+    batches = cut(batch_inputs, micro_batch_size, weights=rule)
+    got, expected = mean(jitted, student, teacher, batches), averaged(row_means, weights)
+    assert float(got[0]) == pytest.approx(float(expected[0]), rel=1e-5)
+    assert relative_error(got[1], expected[1]) <= 1e-5
+    by_tokens = averaged(row_means, (1, 3, 9, 16))
+    assert weights == (1, 3, 9, 16) or relative_error(got[1], by_tokens[1]) > 0.1
+
+
+@pytest.mark.parametrize("rule", ["tokens", "sequences", "micro_batches"])
+def test_rows_without_credit_are_as_good_as_removed(jitted, student, teacher, batch_inputs, rule):
+    rollout, *prompts = batch_inputs
+    kept = [0, 3]  # the two longest, which fill a micro-batch of two
+    fewer = (
+        jax.tree.map(lambda leaf: leaf[kept], rollout),
+        *([side[row] for row in kept] for side in prompts),
+    )
+    credit = np.isin(np.arange(ROWS), kept)
+    got = mean(jitted, student, teacher, cut(batch_inputs, 2, weights=rule, credit_B=credit))
+    expected = mean(jitted, student, teacher, cut(fewer, 2, weights=rule))
+    assert relative_error(got, expected) <= 1e-5
+
+
+def test_a_step_without_credit_has_no_gradient(jitted, student, teacher, batch_inputs):
+    batches = cut(batch_inputs, ROWS, credit_B=np.zeros(ROWS))
+    accumulator = accumulated(jitted, student, teacher, batches)
+    _, metrics = jitted.apply(jitted.init(copy(student)), accumulator)
+    assert (metrics["loss"], metrics["grad_norm"], metrics["skipped"]) == (0, 0, False)
+    assert metrics["student_entropy"] > 0
+
+
+def test_advantages_give_the_policy_gradient(student, teacher, batch_inputs):
+    """Of REINFORCE: each row's advantage times its log-likelihood, from dense logits."""
+    advantages = np.array([1.5, -0.5, 0.25, -1.25])
+    (batch,) = cut(batch_inputs, ROWS, weights="advantages", credit_B=advantages)
+    tokens, first = jnp.asarray(batch.student_BxT), batch.student_prompt_B[:, None] - 1
+    positions = np.arange(tokens.shape[1] - 1)
+    predicts = (positions >= first) & (positions < first + batch.lengths_B[:, None])
+
+    def objective(params):
+        hidden = qwen3.forward(params, SMALL, tokens)[:, :-1]
+        logprobs = jax.nn.log_softmax(hidden @ qwen3.unembedding(params)[:ENTRIES].T)
+        chosen = jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[:, :, 0]
+        rows = jnp.sum(jnp.where(predicts, chosen, 0.0), axis=-1)
+        return rows @ advantages[[2, 1, 3, 0]] / batch.lengths_B.sum()  # in order of length
+
+    loss, gradient = mean(make_train_step(divergence="nll"), student, teacher, [batch])
+    expected, ascent = jax.jit(jax.value_and_grad(objective))(student)
+    assert float(loss) == pytest.approx(-float(expected), rel=1e-5)
+    assert relative_error(gradient, jax.tree.map(jnp.negative, ascent)) <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def anchored():
+    return make_train_step(anchor=0.5)
+
+
+@pytest.mark.parametrize("rule", ["sequences", "advantages"])
+def test_the_anchor_adds_the_divergence_to_the_base(
+    jitted, anchored, student, teacher, batch_inputs, rule
+):
+    """Both sides at the student's prompt; weighted as a mean, also beside advantages."""
+    rollout, prompts, _ = batch_inputs
+    base = random_params(SMALL, 2)
+    credit = np.array([1.0, -1.0, 0.5, -0.5]) if rule == "advantages" else None
+    (batch,) = cut(batch_inputs, ROWS, weights=rule, credit_B=credit)
+    means = "tokens" if rule == "advantages" else rule
+    plain = cut((rollout, prompts, prompts), ROWS, weights=means)
+    to_base, pull = mean(jitted, student, base, plain)
+    loss, gradient = mean(jitted, student, teacher, [batch])
+    got = anchored.single(student, teacher, batch, base)
+    expected = jax.tree.map(lambda own, other: own + 0.5 * other, gradient, pull)
+    assert relative_error(got.gradients, jax.tree.map(lambda x: x * got.shares, expected)) <= 1e-5
+    state = dataclasses.replace(anchored.init(copy(student)), base=base)
+    _, metrics = anchored.apply(state, got)
+    assert float(metrics["anchor_kl"]) == pytest.approx(float(to_base), rel=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(float(loss + 0.5 * to_base), rel=1e-5)
+
+
+def test_the_base_is_a_tree_of_its_own_that_stays(jitted, anchored, student, whole):
+    assert jitted.init(copy(student)).base is None
+    state = anchored.init(copy(student))
+    held = buffers(state.base)
+    assert trees_equal(state.base, student)
+    assert not held & (buffers(state.student) | buffers(state.teacher))
+    state, _ = anchored.apply(state, whole)
+    assert trees_equal(state.base, student)
+    assert buffers(state.base) == held
+    assert not trees_equal(state.student, student)
+
+
+def test_off_policy_steps_have_no_gap_to_the_sampler(student, whole):
+    off_policy = make_train_step(on_policy=False)
+    _, metrics = off_policy.apply(off_policy.init(copy(student)), whole)
+    assert not {"logprob_gap_mean", "logprob_gap_max"} & metrics.keys()
 
 
 def test_apply_is_clipped_adamw_on_the_token_mean(jitted, student, whole):
@@ -234,6 +363,17 @@ def test_refresh_copies_into_the_teachers_own_buffers(jitted, student, teacher):
     compiled = jitted.refresh.lower(student, teacher).compile().as_text()
     aliased = compiled.split("entry_computation_layout")[0].count("may-alias")
     assert aliased == len(jax.tree.leaves(student))
+
+
+def test_refresh_with_a_decay_is_a_mean_in_the_teachers_own_buffers(student, teacher):
+    jitted = make_train_step(teacher_decay=0.75)
+    new, old = copy(student), copy(teacher)
+    held = buffers(old)
+    refreshed = jitted.refresh(new, old)
+    expected = jax.tree.map(lambda ours, theirs: (ours + 3 * theirs) / 4, student, teacher)
+    assert relative_error(refreshed, expected) <= 1e-6
+    assert buffers(refreshed) == held
+    assert not buffers(refreshed) & buffers(new)
 
 
 def test_refresh_casts_to_the_teachers_dtype(student):

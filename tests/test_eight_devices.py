@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 sys.path.insert(0, sys.argv[1])
 from opsdc_jax import losses, sharding
+from opsdc_jax.divergences import choose
 from helpers import relative_error
 
 B, R, D = 8, 10, 24
@@ -28,28 +29,32 @@ def inputs(V):
     hidden, heads = rng.normal(size=(2, B, R, D)), rng.normal(size=(2, V, D)) * 0.4
     arrays = [np.float32(part) for pair in zip(hidden, heads) for part in pair]
     return *arrays, rng.integers(0, V - 3, (B, R)), np.float32(-5 * rng.random((B, R))), (
-        rng.random((B, R)) < 0.7
-    )
+        np.float32(rng.normal(size=(B, R)))
+    ), rng.random((B, R)) < 0.7
 
-def run(mesh, name, arrays):
+def run(mesh, name, top_k, arrays):
     def loss(student, head, *rest):
-        sums = losses.divergence_sums(name, len(head) - 3, 24, mesh, student, head, *rest)
+        chosen = choose(name, top_k)
+        sums = losses.divergence_sums(chosen, len(head) - 3, 24, mesh, student, head, *rest)
         return sums.divergence, sums
     gradients, sums = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(*arrays)
     return jax.device_get((sums, gradients))
 
 errors = {}
-for name, V, sizes in (
-    ("reverse_kl", 136, (1, 8, 1)),
-    ("forward_kl", 130, (1, 2, 4)),
-    ("jsd", 131, (2, 2, 2)),
+for name, top_k, V, sizes in (
+    ("reverse_kl", 0, 136, (1, 8, 1)),
+    ("forward_kl", 0, 130, (1, 2, 4)),
+    ("jsd", 0, 131, (2, 2, 2)),
+    ("nll", 0, 130, (1, 4, 2)),
+    ("reverse_kl", 7, 131, (2, 2, 2)),
 ):
     mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, sizes)))
     arrays = inputs(V)
     rows, heads = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec(None, "fsdp"))
     placed = [jax.device_put(x, heads if x.shape[0] == V else rows) for x in arrays]
-    (sums, gradients), (expected, wanted) = run(mesh, name, placed), run(None, name, arrays)
-    errors[f"{name} {sizes}"] = [
+    sums, gradients = run(mesh, name, top_k, placed)
+    expected, wanted = run(None, name, top_k, arrays)
+    errors[f"{name} {top_k} {sizes}"] = [
         *(abs(a - b) / abs(b) for a, b in zip(sums, expected)),
         *map(relative_error, gradients, wanted),
     ]
@@ -122,7 +127,7 @@ def on_devices(program):
 def test_loss_and_gradients_equal_one_devices():
     """On several meshes, also where they do not divide the vocabulary."""
     errors = on_devices(LOSS)
-    assert len(errors) == 3
+    assert len(errors) == 5
     for case, gaps in errors.items():
         assert max(gaps) <= 1e-5, case
 

@@ -138,6 +138,33 @@ def test_evaluation_can_be_off(tmp_path, capsys):
     assert json.loads((workdir / "eval" / "summary.json").read_text()) == {"benchmarks": {}}
 
 
+@pytest.mark.parametrize(
+    ("name", "there", "absent"),
+    [
+        ("tiny_sft", {"anchor_kl", "correct"}, {"logprob_gap_mean", "reward"}),
+        ("tiny_policy_gradient", {"logprob_gap_mean", "correct", "reward"}, {"anchor_kl"}),
+    ],
+)
+def test_the_baselines_are_configurations_of_the_same_loop(tmp_path, name, there, absent):
+    """The first with a gate and an anchor, too."""
+    more = ["--config.loss.only_correct=True", "--config.loss.anchor=0.1"]
+    arguments = [
+        *("train.py", f"--config={ROOT / 'configs' / name}.py", *SMALL),
+        *("--config.teacher.every=0", "--config.train.steps=2", "--config.eval.source=none"),
+        *("--config.sampler.max_response_tokens=96", "--config.checkpoint.every_steps=0"),
+        *(more if "anchor_kl" in there else []),
+        *("--workdir", str(tmp_path / "run")),
+    ]
+    assert cli.run(train.main, arguments) == cli.EXIT_DONE
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) == 2
+    for row in rows:
+        assert row.keys() >= there
+        assert not row.keys() & absent
+    assert sum(row["correct"] for row in rows) > 0
+    assert (tmp_path / "run" / "report.html").exists()
+
+
 def test_the_host_asks_and_writes_while_the_device_works(tmp_path, monkeypatch):
     """After a step's update is under way, and before anything waits for its metrics."""
     calls = []

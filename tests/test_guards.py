@@ -216,7 +216,9 @@ def test_settings_that_are_known_to_fail_are_told():
     assert guards.risky_settings(config) == []
     config.teacher.every = 0
     assert guards.risky_settings(config) == []
-    config.teacher.every, config.loss.divergence = 9, "forward_kl"
+    config.teacher.every, config.teacher.decay = 1, 0.95
+    assert guards.risky_settings(config) == []
+    config.teacher.every, config.teacher.decay, config.loss.divergence = 9, 0.0, "forward_kl"
     told = guards.risky_settings(config)
     assert [sentence.partition(":")[0] for sentence in told] == [
         "teacher.every=9",

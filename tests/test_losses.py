@@ -20,24 +20,26 @@ TOKENS = INPUTS.integers(0, ENTRIES, N)
 SAMPLER_LOGPROBS = -INPUTS.random(N) * 5
 MASK = INPUTS.random(N) < 0.7
 MASK.reshape(B, R)[:, 9:] = False  # whole chunks without a token: they are skipped
+WEIGHTS = INPUTS.uniform(-1, 3, N)
+TOP_K = {"top_1": 1, "top_5": 5, "top_60": 60}
 
 
 def divergence_sums(
-    name, student, head, teacher=TEACHER, teacher_head=TEACHER_HEAD, chunk=16, mesh=None
+    name, student, head, teacher=TEACHER, teacher_head=TEACHER_HEAD, chunk=16, weights=WEIGHTS
 ):
     """In float32, of the positions in rows."""
-    logprobs = SAMPLER_LOGPROBS.astype(np.float32)
     float32 = lambda array: jnp.asarray(array, jnp.float32)  # noqa: E731
+    labels = TOKENS, float32(SAMPLER_LOGPROBS), float32(weights), MASK
     return losses.divergence_sums(
-        name,
+        divergences.choose("reverse_kl" if name in TOP_K else name, TOP_K.get(name, 0)),
         ENTRIES,
         chunk,
-        mesh,
+        None,
         float32(student).reshape(B, R, D),
         float32(head),
         float32(teacher).reshape(B, R, D),
         float32(teacher_head),
-        *(jnp.asarray(array).reshape(B, R) for array in (TOKENS, logprobs, MASK)),
+        *(jnp.asarray(array).reshape(B, R) for array in labels),
     )
 
 
@@ -56,7 +58,7 @@ def chunked(name: str, chunk: int):
 
 
 def brute_force(name: str):
-    """(divergence per position, gradients of its masked sum), dense, in float64."""
+    """(divergence per position, gradients of its weighted sum), dense, in float64."""
 
     def per_position(student, head):
         log_q = jax.nn.log_softmax(student @ head[:ENTRIES].T)
@@ -67,22 +69,27 @@ def brute_force(name: str):
             "reverse_kl": q * (log_q - log_p),
             "forward_kl": p * (log_p - log_q),
             "jsd": (q * jnp.log(q / m) + p * jnp.log(p / m)) / 2,
+            "nll": -log_q * (jnp.arange(ENTRIES) == TOKENS[:, None]),
         }
-        return terms[name].sum(-1)
+        if name not in TOP_K:
+            return terms[name].sum(-1)
+        kept = log_q >= jnp.sort(log_q, axis=-1)[:, -TOP_K[name], None]
+        Q, P = (jnp.where(kept, 0, probs).sum(-1) for probs in (q, p))
+        return jnp.where(kept, terms["reverse_kl"], 0).sum(-1) + Q * jnp.log(Q / P)
 
     with jax.enable_x64(True):
         student, head = jnp.asarray(STUDENT), jnp.asarray(STUDENT_HEAD)
-        total = lambda *inputs: jnp.sum(per_position(*inputs) * MASK)  # noqa: E731
+        total = lambda *inputs: jnp.sum(per_position(*inputs) * MASK * WEIGHTS)  # noqa: E731
         gradients = jax.grad(total, argnums=(0, 1))(student, head)
         return np.asarray(per_position(student, head)), jax.tree.map(np.asarray, gradients)
 
 
-@pytest.mark.parametrize("name", DIVERGENCE_NAMES)
+@pytest.mark.parametrize("name", [*DIVERGENCE_NAMES, *TOP_K])
 def test_value_and_gradient_match_float64(name):
     expected, expected_gradients = brute_force(name)
     assert expected[MASK].mean() >= 0.1
     sums, gradients = chunked(name, 16)
-    assert float(sums.divergence) == pytest.approx(expected[MASK].sum(), rel=1e-5)
+    assert float(sums.divergence) == pytest.approx((expected * WEIGHTS)[MASK].sum(), rel=1e-5)
     for got, wanted in zip(gradients, expected_gradients, strict=True):
         assert relative_error(got, wanted) <= 1e-5
 
@@ -96,7 +103,7 @@ def test_chunk_size_changes_nothing(name, chunk):
     assert relative_error(gradients, reference_gradients) <= 1e-5
 
 
-@pytest.mark.parametrize("name", DIVERGENCE_NAMES)
+@pytest.mark.parametrize("name", [*DIVERGENCE_NAMES, "top_5"])
 def test_blocks_of_the_vocabulary_change_nothing(name, monkeypatch):
     """130 entries in blocks of 48, which leave a rest; in one block everywhere else here."""
     _, expected = chunked(name, 16)
@@ -143,18 +150,18 @@ def test_masked_positions_and_rows_beyond_the_tokenizer_get_no_gradient():
 def test_reverse_and_forward_differ_and_swap_with_the_sides():
     def both_ways(name):
         sides = (STUDENT, STUDENT_HEAD, TEACHER, TEACHER_HEAD)
-        there = divergence_sums(name, *sides).divergence
-        back = divergence_sums(name, *sides[2:], *sides[:2]).divergence
+        there = divergence_sums(name, *sides, weights=np.ones(N)).divergence
+        back = divergence_sums(name, *sides[2:], *sides[:2], weights=np.ones(N)).divergence
         return float(there), float(back)
 
-    reverse, forward, symmetric = (both_ways(name) for name in DIVERGENCE_NAMES)
+    reverse, forward, symmetric = (both_ways(name) for name in ("reverse_kl", "forward_kl", "jsd"))
     assert reverse == pytest.approx(forward[::-1], rel=1e-6)
     assert abs(reverse[0] - reverse[1]) > 1e-4 * reverse[0]
     assert symmetric[0] == pytest.approx(symmetric[1], rel=1e-6)
     assert 0 < symmetric[0] < MASK.sum() * np.log(2)
 
 
-@pytest.mark.parametrize("name", DIVERGENCE_NAMES)
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd"])
 def test_equal_sides_have_no_divergence_and_no_gradient(name):
     sides = (STUDENT, STUDENT_HEAD, STUDENT, STUDENT_HEAD)
     value, slopes = jax.value_and_grad(
@@ -162,6 +169,48 @@ def test_equal_sides_have_no_divergence_and_no_gradient(name):
     )(jnp.asarray(STUDENT_HEAD, jnp.float32))
     assert abs(value) <= 1e-6
     assert np.abs(np.asarray(slopes)).max() <= 1e-6
+
+
+def pair_of(student, teacher):
+    """Of logits [C, V], as a chunk has it."""
+    student, teacher = (x - x.max(axis=-1, keepdims=True) for x in (student, teacher))
+    logits = [jnp.asarray(x, jnp.float32) for x in (student, teacher)]
+    moments = divergences.moments(*logits), divergences.moments(*reversed(logits))
+    return divergences.Pair(*logits, *moments, tokens=None, logprobs=None, add_up=lambda x: x)
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_top_k_grows_with_k_to_the_full_divergence(spread):
+    """Each further token splits the bucket, which never lowers a divergence."""
+    V = 50
+    pair = pair_of(*np.random.default_rng(1).normal(size=(2, 30, V)) * spread)
+    full, _ = divergences.reverse_kl(pair)
+    values = [divergences.top_k_reverse_kl(k, pair)[0] for k in (1, 2, 5, 20, V - 1, V, V + 9)]
+    rounding = 1e-6 * (1 + np.abs(full))
+    assert (np.diff(values, axis=0) >= -rounding).all()
+    assert (values[0] >= -rounding).all()
+    assert (values[0] < full - rounding).all()
+    for whole in values[-2:]:
+        np.testing.assert_allclose(whole, full, rtol=1e-6, atol=1e-6)
+
+
+def test_top_k_where_float32_holds_no_mass_of_the_rest():
+    """Logits up to 300 apart: finite, and never above the full divergence."""
+    pair = pair_of(*np.random.default_rng(1).normal(size=(2, 30, 50)) * 60)
+    full, _ = divergences.reverse_kl(pair)
+    for k in (1, 5, 49):
+        value, slopes = divergences.top_k_reverse_kl(k, pair)
+        assert (value >= -1e-4).all()
+        assert (value <= full * (1 + 1e-6)).all()
+        assert np.isfinite(slopes(pair.student_CxV, pair.teacher_CxV, jnp.arange(50))).all()
+
+
+def test_top_k_keeps_ties():
+    """The second likeliest twice: k = 2 keeps both, as k = 3 does."""
+    student = np.log([[0.5, 0.2, 0.2, 0.1]])
+    pair = pair_of(student, np.log([[0.1, 0.2, 0.3, 0.4]]))
+    one, two, three = (float(divergences.top_k_reverse_kl(k, pair)[0][0]) for k in (1, 2, 3))
+    assert one < two == three
 
 
 def test_no_array_of_tokens_by_vocabulary_exists():

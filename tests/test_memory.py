@@ -38,7 +38,15 @@ def abstract_batch(rows, prompt, response):
 
     row, reply = array(prompt + response), array(response)
     return DistillBatch(
-        row, row, array(), array(), reply, array(), array(response, dtype="float32")
+        row,
+        row,
+        array(),
+        array(),
+        reply,
+        array(),
+        array(response, dtype="float32"),
+        array(dtype="float32"),
+        array(dtype="float32"),
     )
 
 
@@ -98,12 +106,14 @@ def test_memory_of_the_loss_does_not_grow_with_tokens_by_vocabulary(name):
     def temporary_bytes(tokens):
         def loss(student, student_head, teacher, teacher_head, *labels):
             rest = (student, student_head, teacher, teacher_head, *labels)
-            return losses.divergence_sums(name, V, 64, None, *rest).divergence
+            chosen = divergences.DIVERGENCES[name]
+            return losses.divergence_sums(chosen, V, 64, None, *rest).divergence
 
         hidden, head = (
             jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, tokens, D), (V, D))
         )
-        labels = [jax.ShapeDtypeStruct((1, tokens), kind) for kind in ("int32", "float32", "bool")]
+        kinds = ("int32", "float32", "float32", "bool")
+        labels = [jax.ShapeDtypeStruct((1, tokens), kind) for kind in kinds]
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(
             hidden, head, hidden, head, *labels
         )

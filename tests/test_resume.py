@@ -21,7 +21,8 @@ from opsdc_jax.progress import TIMES
 
 train = load_script("train")
 STEPS = 6
-# A refresh after step 3; 7 problems in batches of 4: epochs end within steps 2 and 4.
+# All that a state can hold; a refresh after step 3; 7 problems in batches of 4: epochs end within
+# steps 2 and 4.
 SETTINGS = [
     f"--config={ROOT / 'configs' / 'tiny.py'}",
     f"--config.train.steps={STEPS}",
@@ -29,6 +30,8 @@ SETTINGS = [
     "--config.train.micro_batch_size=2",
     "--config.sampler.max_response_tokens=16",
     "--config.teacher.every=3",
+    "--config.teacher.decay=0.5",
+    "--config.loss.anchor=0.1",
     "--config.eval.source=none",
     "--config.checkpoint.every_steps=2",
     "--config.log.samples_every=1",
@@ -95,7 +98,7 @@ def assert_the_same(workdir, expected):
     ]
     assert kept[0].keys() == kept[1].keys()
     assert kept[0] == kept[1]
-    for item in ("student", "teacher", "optimizer"):
+    for item in ("student", "teacher", "optimizer", "base"):
         paths = [run / "checkpoints" / str(STEPS) / item for run in (workdir, expected)]
         ours, theirs = (ocp.StandardCheckpointer().restore(path) for path in paths)
         assert jax.tree.all(jax.tree.map(same_bits, ours, theirs)), item

@@ -11,6 +11,7 @@ from opsdc_jax.rollout import (
     fitting,
     left_pad,
     length_buckets,
+    loss_weights,
     micro_batches,
     padding_efficiency,
     pair,
@@ -105,6 +106,22 @@ def test_micro_batches_sort_by_row_length_and_pad_to_their_own_width():
     assert batches[0].response_BxR[1, 0] == 10
     tokens = (9 + 12 + 26 + 33) * 2 + 4 * 5
     assert padding_efficiency(batches) == tokens / (2 * (12 + 18 + 36 + 42))
+
+
+@pytest.mark.parametrize(
+    ("rule", "weights", "shares"),
+    [
+        ("tokens", [1, 1, 0, 1], [4, 1, 0, 0]),
+        ("sequences", [1 / 4, 1, 0, 1], [1, 1, 0, 0]),
+        ("micro_batches", [1 / 5, 1 / 5, 0, 1 / 5], [4 / 5, 1 / 5, 0, 0]),
+        ("advantages", [1, 1, 0, 1], [4, 1, 3, 0]),
+    ],
+)
+def test_loss_weights(rule, weights, shares):
+    """Of two rows that count, one without credit, and one of padding."""
+    got = loss_weights(rule, np.array([4, 1, 3, 0]), np.array([1, 1, 0, 1]))
+    np.testing.assert_allclose(got, (weights, shares), rtol=1e-6)
+    assert {array.dtype for array in got} == {np.dtype("float32")}
 
 
 @pytest.mark.parametrize("instruction", [None, "v1"], ids=["verbose", "concise"])

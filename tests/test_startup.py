@@ -53,11 +53,13 @@ def test_steps_compile_nothing_after_their_programs_were_compiled_ahead(micro_ba
             for batch in rollout.micro_batches(sampled, *prompts, **sizes, pad_id=0)
         ]
         if single:
-            accumulator = jitted.single(state.student, state.teacher, *placed)
+            accumulator = jitted.single(state.student, state.teacher, *placed, state.base)
         else:
             accumulator = jitted.zeros(state.student)
             for batch in placed:
-                accumulator = jitted.accumulate(state.student, state.teacher, accumulator, batch)
+                accumulator = jitted.accumulate(
+                    state.student, state.teacher, accumulator, batch, state.base
+                )
         state, metrics = jitted.apply(state, accumulator)
         assert float(metrics["loss"]) > 0
     assert counter.count == 0

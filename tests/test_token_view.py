@@ -10,7 +10,7 @@ from helpers import SMALL, random_params
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from opsdc_jax import distill, losses, sharding, token_view
+from opsdc_jax import distill, divergences, losses, sharding, token_view
 from opsdc_jax.models import hf, qwen3
 from opsdc_jax.rollout import Rollout, pair
 from opsdc_jax.tiny import BASE_FOLDER
@@ -84,7 +84,7 @@ def float64_log_probs(states, params):
 def test_the_tokens_kl_add_up_to_the_loss():
     student, teacher = hidden()
     sums = losses.divergence_sums(
-        "reverse_kl",
+        divergences.reverse_kl,
         ENTRIES,
         8,
         None,
@@ -94,6 +94,7 @@ def test_the_tokens_kl_add_up_to_the_loss():
         qwen3.unembedding(TEACHER),
         BATCH.response_BxR,
         BATCH.logprobs_BxR,
+        np.ones(MASK.shape, np.float32),
         MASK,
     )
     found = views()

@@ -105,6 +105,7 @@ def open_source(
     answer_column: str = "",
     level_column: str = "",
     accept: Accept | None = None,
+    need_answers: bool = False,
 ) -> Source:
     """The source that the keys of `config.data` name.
 
@@ -115,6 +116,7 @@ def open_source(
       problem_column, answer_column, level_column: names; empty means the usual ones, see
         opsdc_jax/data/columns.py.
       accept: why an example cannot be used, or None; refused ones are dropped and counted.
+      need_answers: a row without an answer counts as bad.
 
     Raises:
       InputError: the source is unknown, cannot be read, or holds nothing usable.
@@ -128,7 +130,7 @@ def open_source(
         return TinySource(seed)
     table = TableName(source, split=split, subset=subset)
     columns = Columns(problem_column, answer_column, level_column)
-    examples, report = load(table, columns, accept=accept)
+    examples, report = load(table, columns, accept=accept, need_answers=need_answers)
     return TableSource(examples, seed, str(report))
 
 

@@ -40,9 +40,12 @@ def _itemsize(dtype: Any) -> int:
 
 
 def state_parts(like: TrainState) -> dict[str, int]:
-    """Bytes per device of what stays resident from step to step, by part."""
+    """Bytes per device of what stays resident from step to step, by part.
+
+    An anchor's base counts with the teacher: neither changes in an update.
+    """
     return {
         "weights": device_bytes(like.student),
-        "teacher": device_bytes(like.teacher),
+        "teacher": device_bytes((like.teacher, like.base)),
         "optimizer": device_bytes((like.optimizer, like.step)),
     }

@@ -43,11 +43,13 @@ KEYS: Mapping[str, tuple[str, ...]] = {
         *_WIDTHS,
         "train.micro_batch_size",
         "loss.divergence",
+        "loss.top_k",
+        "loss.anchor",
         "loss.chunk_tokens",
         "model.teacher_dtype",
     ),
-    "apply": (*(f"optim.{key}" for key in _OPTIM), "model.teacher_dtype"),
-    "refresh": ("model.teacher_dtype",),
+    "apply": (*(f"optim.{key}" for key in _OPTIM), "model.teacher_dtype", "loss.anchor"),
+    "refresh": ("model.teacher_dtype", "teacher.decay"),
     "rollout": (*_WIDTHS, "train.batch_size", "sampler.slots", "mesh.decode_tensor"),
     "evaluate": (
         "sampler.max_prompt_tokens",
@@ -112,6 +114,9 @@ def train_step(spec: Mapping[str, Any], mesh: Any) -> distill.TrainStep:
         vocab_size=spec["vocab_size"],
         shardings=qwen3.shardings(model, mesh),
         teacher_dtype=settings["model.teacher_dtype"],
+        top_k=settings["loss.top_k"],
+        teacher_decay=settings["teacher.decay"],
+        anchor=settings["loss.anchor"],
         offload_optimizer=settings["optim.offload"],
     )
 
@@ -135,11 +140,10 @@ def build(name: str, spec: Mapping[str, Any], mesh: Mesh) -> Program:
     accumulator = jax.eval_shape(step.zeros, like.student)
     if name == "apply":
         return Program(step.apply, (like, accumulator), state=(like,))
-    both = (like.student, like.teacher)
     return Program(
         step.accumulate,
-        (*both, accumulator, _batch(settings, mesh)),
-        state=both,
+        (like.student, like.teacher, accumulator, _batch(settings, mesh), like.base),
+        state=(like.student, like.teacher, like.base),
         parts={"gradients": memory.device_bytes(accumulator)},
     )
 

@@ -8,7 +8,7 @@ from opsdc_jax.planner.topology import GIB, MARGIN
 
 _PARTS = {
     "weights": "student, float32 masters",
-    "teacher": "second copy of the weights",
+    "teacher": "second copy of the weights; with an anchor, the base too",
     "optimizer": "AdamW's moments",
     "gradients": "accumulated over micro-batches",
     "activations": "temporaries of one micro-batch, logits included",

@@ -8,7 +8,7 @@ import numpy as np
 
 from opsdc_jax.report.run import Responses, Run
 from opsdc_jax.report.svg import Chart
-from opsdc_jax.report.text import RULES, SYSTEMS, divergence, interval, percent, value
+from opsdc_jax.report.text import RULES, SYSTEMS, interval, loss, percent, value
 from opsdc_jax.statistics import HEADLINE, level_rank
 
 _BINS = 32
@@ -144,8 +144,7 @@ _CURVES = (
         "loss",
         "Loss (nats a token)",
         (("loss", "student", "loss"),),
-        "{divergence} to the teacher, mean over the response tokens of a step. It jumps where a "
-        "refreshed teacher is further away.",
+        "{loss}. It jumps where a refreshed teacher is further away.",
     ),
     _Curves(
         "length",
@@ -203,7 +202,7 @@ def _over_training(run: Run, curves: _Curves) -> Figure:
             chart.point(role, steps[0], line[0], label)
     if len(run.refreshes) <= RULES:
         chart.rules(run.refreshes)
-    return Figure(curves.name, chart, curves.caption.format(divergence=divergence(run.config)))
+    return Figure(curves.name, chart, curves.caption.format(loss=loss(run.config)))
 
 
 def lengths(responses: Responses) -> list[Figure]:

@@ -35,10 +35,22 @@ def interval(estimate: Mapping[str, Any] | None, scale: float = 1.0, sign: str =
     return f"{low} to {high}".replace("-", MINUS)
 
 
-def divergence(config: Mapping[str, Any]) -> str:
-    """The divergence of a run, in words."""
-    names = {"reverse_kl": "Reverse KL", "forward_kl": "Forward KL", "jsd": "JSD"}
-    return names[config["loss"]["divergence"]]
+def loss(config: Mapping[str, Any]) -> str:
+    """The loss of a run, in words."""
+    divergences = {
+        "reverse_kl": "Reverse KL to the teacher",
+        "forward_kl": "Forward KL to the teacher",
+        "jsd": "JSD to the teacher",
+        "nll": "Negative log-likelihood of the rollouts",
+    }
+    weights = {
+        "tokens": "mean over the response tokens of a step",
+        "sequences": "mean over the rollouts of a step of their own means",
+        "micro_batches": "mean over the micro-batches of a step of their own means",
+        "advantages": "weighted by advantages, over the response tokens of a step",
+    }
+    rule = config["loss"].get("weights", "tokens")  # runs from before there was a choice
+    return f"{divergences[config['loss']['divergence']]}, {weights[rule]}"
 
 
 Sentence = list[tuple[str, bool]]  # pieces, and whether they are set off
@@ -125,7 +137,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("Model", config["model"]["path"]),
         ("Problems", config["data"]["source"]),
         ("Instruction", config["prompts"]["instruction"]),
-        ("Divergence", divergence(config)),
+        ("Loss", loss(config)),
         ("Teacher", f"every {every} steps" if every else "frozen"),
         ("Steps", f"{run.last_step:,} of {config['train']['steps']:,}"),
         ("Rollouts a step", f"{config['train']['batch_size']:,}"),
