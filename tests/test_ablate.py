@@ -1,4 +1,4 @@
-"""Ablations: suites, rules on made-up results, and scripts/ablate.py with a trainer that pretends."""
+"""Ablations: suites, rules on made-up results, and the command with a trainer that pretends."""
 
 import json
 import math
