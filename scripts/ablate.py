@@ -217,7 +217,8 @@ def plot(suite: Suite, found: Runs, path: pathlib.Path) -> None:
             axis.plot(estimate["value"], row, "o", c="tab:blue")
             if estimate["low"] is not None:
                 axis.plot([estimate["low"], estimate["high"]], [row, row], c="tab:blue")
-        axis.set_xlabel(measures.LABELS[measure])
+        label = measures.LABELS[measure]
+        axis.set_xlabel(f"{label.text}, {label.unit}")
         axis.grid(axis="x", alpha=0.3)
     if bases := [run["base_accuracy"] for runs_ in shown.values() for run in runs_]:
         axes[1].axvline(sum(bases) / len(bases), c="0.4", ls="--", lw=1)

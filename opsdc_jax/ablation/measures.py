@@ -5,7 +5,7 @@ All shares and reductions are in percent, all differences of them in points.
 
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,29 +18,34 @@ from opsdc_jax.results import BASE, CONCISE, STUDENT
 from opsdc_jax.statistics import HEADLINE
 from opsdc_jax.workdir import Workdir
 
-LABELS: Mapping[str, str] = {
-    "accuracy": "accuracy, %",
-    "compression": "fewer tokens, %",
-    "gain": "accuracy less the base's, points",
-    "kept": "accuracy over the base's, %",
-    "prompt_compression": "fewer tokens by the concise prompt alone, %",
-    "prompt_gain": "accuracy less the concise prompt's, points",
-    "tokens": "tokens of a response",
-    "truncated": "truncated responses, %",
-    "entropy": "student's entropy, last steps over first, %",
-    "seconds": "seconds of a run",
+
+class Label(NamedTuple):
+    """What a measure is; of the student, where nothing else is said."""
+
+    text: str
+    unit: str
+
+
+LABELS: Mapping[str, Label] = {
+    "accuracy": Label("accuracy", "%"),
+    "compression": Label("fewer tokens", "%"),
+    "gain": Label("accuracy less the base's", " points"),
+    "kept": Label("accuracy over the base's", "%"),
+    "prompt_compression": Label("fewer tokens by the concise prompt alone", "%"),
+    "prompt_gain": Label("accuracy less the concise prompt's", " points"),
+    "entropy": Label("the student's entropy over that at the start", "%"),
     **{
-        f"{measure}_{group}": f"{label}, {group} problems"
-        for measure, label in (("accuracy", "accuracy, %"), ("compression", "fewer tokens, %"))
+        f"{measure}_{group}": Label(f"{text} on the {group} problems", "%")
+        for measure, text in (("accuracy", "accuracy"), ("compression", "fewer tokens"))
         for group in ("easiest", "middle", "hardest")
     },
 }
-"""Measure -> what it is, with its unit. Of the student, where nothing else is said."""
+"""The measures that claims are about."""
 
 ENDS = 5  # steps of either end of a run over which the entropy is averaged
 
 Measures = dict[str, float]
-"""Of one run: those of `LABELS` that there are, and `accuracy:LEVEL`, `compression:LEVEL`."""
+"""Of one run: those of `LABELS` that there are, and more: see `of_run`."""
 
 
 def of_run(workdir: Workdir) -> Measures:

@@ -152,7 +152,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         "teacher",
-        "A frozen teacher compresses least.",
+        "A frozen teacher compresses less than one that is refreshed every M or M / 2 steps.",
         "teacher interval: frozen 18%, M = 50 32%, M = 30 52%, M = 10 64% fewer tokens",
         (
             more("compression", "M / 2", minus=("compression", "frozen")),
@@ -161,9 +161,9 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         "teacher",
-        "More refreshes compress more, as long as nothing collapses.",
-        "teacher interval: the same figures; M / 5 has no part in the rule, since 4 steps were "
-        "seen to be too few on an earlier tiny base",
+        "More refreshes compress more.",
+        "teacher interval: the same figures; M / 5, the paper's M = 10, has no part in the rules, "
+        "since 4 steps were seen to collapse on an earlier tiny base",
         (more("compression", "M / 2", minus=("compression", "M")),),
     ),
     Claim(

@@ -27,25 +27,33 @@ def rules() -> str:
 
 def named(quantity: Quantity) -> str:
     """What a quantity is, in words."""
-    first = f"{LABELS[quantity.measure]}: {quantity.variant}"
+    text = LABELS[quantity.measure].text
     if quantity.minus is None:
-        return first
+        return f"{text} ({quantity.variant})"
     measure, variant = quantity.minus
-    other = variant if measure == quantity.measure else f"{LABELS[measure]}: {variant}"
-    return f"{first}, less {other}"
+    if measure == quantity.measure:
+        return f"{text} ({quantity.variant} less {variant})"
+    return f"{text} less {LABELS[measure].text} ({variant})"
+
+
+def unit(quantity: Quantity) -> str:
+    """Of its numbers, with the space before it."""
+    return LABELS[quantity.measure].unit if quantity.minus is None else " points"
 
 
 def _inside(quantity: Quantity) -> str:
     low, high = quantity.lower, quantity.upper
     if math.isinf(high):
-        return f"above {low:g}"
-    return f"below {high:g}" if math.isinf(low) else f"within {low:g} and {high:g}"
+        return f"above {low:g}{unit(quantity)}"
+    if math.isinf(low):
+        return f"below {high:g}{unit(quantity)}"
+    return f"between {low:g} and {high:g}{unit(quantity)}"
 
 
 def _beyond(quantity: Quantity) -> str:
     sides = [f"below {quantity.below:g}"] if math.isfinite(quantity.below) else []
     sides += [f"above {quantity.above:g}"] if math.isfinite(quantity.above) else []
-    return " or ".join(sides)
+    return " or ".join(sides) + unit(quantity)
 
 
 def table(suite: Suite, runs: Runs, overrides: Mapping[str, str]) -> str:
@@ -114,12 +122,12 @@ def sentence(claim: Claim, verdict: str, parts: Sequence[Judged]) -> str:
 
 
 def _figure(part: Judged) -> str:
-    text = f"{named(part.quantity)} is "
+    text = f"{named(part.quantity)}: "
     if part.estimate is None:
         return text + "not known"
     low, high = part.estimate["low"], part.estimate["high"]
     ends = "" if low is None or high is None else f" [{low:z.1f}, {high:z.1f}]"
-    return f"{text}{part.estimate['value']:z.1f}{ends}"
+    return f"{text}{part.estimate['value']:z.1f}{unit(part.quantity)}{ends}"
 
 
 def replace_block(document: str, name: str, text: str) -> str:
