@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from opsdc_jax import distributed, summary
+from opsdc_jax import distributed, results, summary
 from opsdc_jax.benchmarks import Benchmark
 from opsdc_jax.data import Example
 from opsdc_jax.measures import END_THINK, THINK, is_thought_open
@@ -80,6 +80,10 @@ class Evaluator:
             files = self._files(system, benchmark)
             described = self._describe(system, benchmark)
             distributed.first_does(functools.partial(files.open, described))
+            # A run's own student is described by its step alone: it is never another run's.
+            if self.settings.eval.reuse and results.student_step(system.name) is None:
+                other = SystemFiles(self._other_run / benchmark.name, system.name)
+                distributed.first_does(functools.partial(files.take_over, other))
             opened.append(self._sampled(files, benchmark))
         return opened
 
@@ -116,6 +120,10 @@ class Evaluator:
                     flush=True,
                 )
         return True
+
+    @property
+    def _other_run(self) -> pathlib.Path:
+        return pathlib.Path(self.settings.eval.reuse) / "eval"
 
     def _files(self, system: System, benchmark: Benchmark) -> SystemFiles:
         return SystemFiles(self.folder / benchmark.name, system.name)

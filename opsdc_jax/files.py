@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
@@ -152,6 +153,23 @@ def _replace(path: pathlib.Path, texts: Iterable[str]) -> None:
         with contextlib.suppress(OSError):  # where there is no room, none is to be taken
             temporary.unlink()
         raise
+
+
+def copy_file(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies a file in one go: readers see the old file or the whole new one.
+
+    Raises:
+      InputError: it cannot be read, or not be written.
+    """
+    check_regular(source)
+    temporary = target.with_suffix(".tmp")
+    with writing(target):
+        try:
+            shutil.copyfile(source, temporary)
+            temporary.replace(target)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def fingerprint(paths: Iterable[pathlib.Path]) -> str:
