@@ -154,8 +154,9 @@ def training_note(run: Run) -> str:
     every = run.config["teacher"]["every"]
     if run.refreshes:
         steps = "every step" if every == 1 else f"every {every} steps"
+        moves = "moves towards" if run.config["teacher"].get("decay") else "takes"
         return (
-            f"The teacher takes the student's weights {steps}: the dotted lines, if not too many."
+            f"The teacher {moves} the student's weights {steps}: the dotted lines, if not too many."
         )
     if every:
         return "The teacher has not been refreshed yet: it is the base model."
