@@ -18,6 +18,7 @@ from opsdc_jax.models import hf, qwen3, weights
 from opsdc_jax.parts import prepare
 from opsdc_jax.progress import TIMES
 from opsdc_jax.rollout import Rollout
+from opsdc_jax.sampler import Sampler
 from opsdc_jax.samples import SampleWriter
 from opsdc_jax.tiny import BASE_FOLDER
 
@@ -145,8 +146,17 @@ def test_evaluation_can_be_off(tmp_path, capsys):
         ("tiny_policy_gradient", {"logprob_gap_mean", "correct", "reward"}, {"anchor_kl"}),
     ],
 )
-def test_the_baselines_are_configurations_of_the_same_loop(tmp_path, name, there, absent):
+def test_the_baselines_are_configurations_of_the_same_loop(
+    tmp_path, monkeypatch, name, there, absent
+):
     """The first with a gate and an anchor, too."""
+    asked = []
+
+    def recorded(self, params, prompts, *rest, start=Sampler.start):
+        asked.append((np.array(params["embedding"]), prompts[0]))
+        return start(self, params, prompts, *rest)
+
+    monkeypatch.setattr(Sampler, "start", recorded)
     more = ["--config.loss.only_correct=True", "--config.loss.anchor=0.1"]
     arguments = [
         *("train.py", f"--config={ROOT / 'configs' / name}.py", *SMALL),
@@ -162,6 +172,10 @@ def test_the_baselines_are_configurations_of_the_same_loop(tmp_path, name, there
         assert row.keys() >= there
         assert not row.keys() & absent
     assert sum(row["correct"] for row in rows) > 0
+    by_the_teacher = name == "tiny_sft"  # at its own prompt, and it does not change
+    (before, prompt), (after, _) = asked
+    assert np.array_equal(before, after) == by_the_teacher
+    assert ("Be direct" in hf.load_tokenizer(BASE_FOLDER).decode(prompt)) == by_the_teacher
     assert (tmp_path / "run" / "report.html").exists()
 
 
