@@ -24,7 +24,6 @@ def get_config() -> ConfigDict:
     config.sampler.policy = "teacher"
     config.teacher.every = 0
     config.loss.divergence = "nll"
-    # One token says less than a whole distribution, so gradients are noisier: 2e-4, as of tiny.py,
-    # gave 76.3 ± 4.3%, 1e-4 81.2 ± 3.9%.
+    # Its gradients are noisier than a whole distribution's; other rates: docs/LOG.md.
     config.optim.lr = 5e-5
     return config
