@@ -3,7 +3,7 @@
 import json
 import math
 import re
-import subprocess
+import signal
 import sys
 
 import pytest
@@ -13,6 +13,7 @@ from opsdc_jax import cli, config, processes
 from opsdc_jax.ablation import measures, rules, runs, suites, text
 from opsdc_jax.ablation.rules import NO_VERDICT, NOT_REPRODUCED, OPPOSITE, REPRODUCED
 from opsdc_jax.config import InputError, default_config, flatten
+from opsdc_jax.files import read_json_lines
 from opsdc_jax.workdir import Workdir
 
 ablate = load_script("ablate")
@@ -335,17 +336,24 @@ def test_bad_input_is_refused_before_anything_runs(pretend, tmp_path, capsys, ar
     assert not (tmp_path / "scripts" / "started").exists()
 
 
-def test_left_early_the_runs_under_way_are_stopped(tmp_path):
+def test_left_early_the_runs_under_way_are_stopped(tmp_path, monkeypatch):
+    began, start = [], processes.start
+
+    def noted(*given):
+        began.append(start(*given))
+        return began[-1]
+
+    monkeypatch.setattr(processes, "start", noted)
     found = runs.planned(base(), [{}], 2, tmp_path)
-    script = "import sys, time; time.sleep(600 * ('seed1' in sys.argv[-1]))"
+    script = "import sys, time; time.sleep(60 * ('seed1' in sys.argv[-1]))"
     train = [sys.executable, "-c", script]
     made = runs.run_all(found, train, TINY, 2, tmp_path / "runs.jsonl")
     run, code, _ = next(made)
     assert (run.seed, code) == (0, 0)
     made.close()
-    assert runs.recorded_seconds(tmp_path / "runs.jsonl").keys() == {"default-seed0"}
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
-    assert str(found[1].folder) not in listed.stdout
+    assert [process.poll() for process in began] == [0, -signal.SIGTERM]
+    recorded = read_json_lines(tmp_path / "runs.jsonl")
+    assert [row["exit_code"] for row in recorded] == [0, -signal.SIGTERM]
 
 
 def test_processors_are_shared_evenly(monkeypatch):

@@ -113,13 +113,20 @@ def run_all(
                 run, process, share, began = job
                 active.remove(job)
                 free.append(share)
-                code, seconds = process.returncode, round(time.monotonic() - began, 1)
-                with writing(record), record.open("a", encoding="utf-8") as lines:
-                    row = {"run": run.folder.name, "exit_code": code, "seconds": seconds}
-                    lines.write(json.dumps(row) + "\n")
-                yield run, code, seconds
+                yield run, process.returncode, _note(record, run, process.returncode, began)
     finally:
         _stop([process for _, process, _, _ in active])
+        for run, process, _, began in active:
+            _note(record, run, process.returncode, began)
+
+
+def _note(record: pathlib.Path, run: Run, code: int, began: float) -> float:
+    """Adds a line about a process that ended; returns its seconds."""
+    seconds = round(time.monotonic() - began, 1)
+    row = {"run": run.folder.name, "exit_code": code, "seconds": seconds}
+    with writing(record), record.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(row) + "\n")
+    return seconds
 
 
 def _stop(active: Sequence[subprocess.Popen]) -> None:
