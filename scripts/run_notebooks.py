@@ -13,7 +13,6 @@ import pathlib
 import sys
 import tempfile
 from collections.abc import Sequence
-from unittest import mock
 
 import nbformat
 from nbclient import NotebookClient
@@ -52,8 +51,7 @@ def execute(path: pathlib.Path, scratch: pathlib.Path) -> nbformat.NotebookNode:
     )
     # tqdm asks for widgets that no committed output needs.
     variables = {SCRATCH: str(scratch), "PYTHONWARNINGS": "ignore:IProgress not found"}
-    with mock.patch.dict(os.environ, variables):
-        client.execute()
+    client.execute(env=os.environ | variables)
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
