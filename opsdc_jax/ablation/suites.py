@@ -113,7 +113,12 @@ def suites(base: ConfigDict) -> dict[str, Suite]:
                 Variant("OPSDC", {}),
                 Variant(
                     "SFT",
-                    {"sampler.policy": "teacher", "teacher.every": 0, "loss.divergence": "nll"},
+                    {
+                        "sampler.policy": "teacher",
+                        "teacher.every": 0,
+                        "loss.divergence": "nll",
+                        "optim.lr": lr / 4,  # the best of three, as of the next: docs/LOG.md
+                    },
                 ),
                 Variant(
                     "policy gradient",
@@ -121,6 +126,7 @@ def suites(base: ConfigDict) -> dict[str, Suite]:
                         "loss.divergence": "nll",
                         "loss.weights": "advantages",
                         "loss.length_penalty": 0.5,
+                        "optim.lr": lr / 2,
                     },
                 ),
             ],
