@@ -156,7 +156,7 @@ def test_equal_variants_are_one_run(tmp_path):
     settings = base()
     known = suites.suites(settings)
     variants = [
-        v.overrides for name in ("method", "divergence", "rollout") for v in known[name].variants
+        v.overrides for name in ("rollout", "method", "divergence") for v in known[name].variants
     ]
     found = runs.planned(settings, variants, 2, tmp_path)
     names = [run.name for run in found]
