@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from opsdc_jax import distributed, results, summary
 from opsdc_jax.benchmarks import Benchmark
 from opsdc_jax.data import Example
-from opsdc_jax.measures import END_THINK, THINK, is_thought_open
+from opsdc_jax.measures import is_thought_open, mark_ids
 from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.progress import seconds
 from opsdc_jax.prompts import Prompts
@@ -82,7 +82,8 @@ class Evaluator:
             distributed.first_does(functools.partial(files.open, described))
             # A run's own student is described by its step alone: it is never another run's.
             if self.settings.eval.reuse and results.student_step(system.name) is None:
-                other = SystemFiles(self._other_run / benchmark.name, system.name)
+                folder = pathlib.Path(self.settings.eval.reuse) / "eval" / benchmark.name
+                other = SystemFiles(folder, system.name)
                 distributed.first_does(functools.partial(files.take_over, other))
             opened.append(self._sampled(files, benchmark))
         return opened
@@ -120,10 +121,6 @@ class Evaluator:
                     flush=True,
                 )
         return True
-
-    @property
-    def _other_run(self) -> pathlib.Path:
-        return pathlib.Path(self.settings.eval.reuse) / "eval"
 
     def _files(self, system: System, benchmark: Benchmark) -> SystemFiles:
         return SystemFiles(self.folder / benchmark.name, system.name)
@@ -192,8 +189,7 @@ class Evaluator:
     def _describe(self, system: System, benchmark: Benchmark) -> dict[str, Any]:
         """All that the responses depend on, and what measuring them without a model needs."""
         prompts, options = self.settings.prompts, self.settings.eval
-        vocabulary = self.tokenizer.get_vocab()
-        think_id, end_think_id = vocabulary.get(THINK), vocabulary.get(END_THINK)
+        think_id, end_think_id = mark_ids(self.tokenizer)
         prompt = self._render(system)(benchmark.examples[0].problem)
         return {
             "benchmark": benchmark.name,
