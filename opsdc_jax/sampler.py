@@ -22,7 +22,7 @@ from opsdc_jax import continuous, sharding, slots
 from opsdc_jax.config import InputError
 from opsdc_jax.continuous import Layout, Piece
 from opsdc_jax.models import decode, qwen3
-from opsdc_jax.models.layers import Qwen3Config
+from opsdc_jax.models.layers import COLUMNS, Qwen3Config
 from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.rollout import Rollout, fitting, left_pad
 from opsdc_jax.sampling import SamplingParams
@@ -106,8 +106,11 @@ def generate(
     prefilled = slots.run_prompts(
         params, config, request.prompts_BxP, request.prompt_lengths_B, mesh
     )
-    room = ((0, 0), (0, 0), (0, 0), (0, response_width), (0, 0))
-    stacked = jax.tree.map(lambda leaf: jnp.pad(leaf, room), prefilled.caches)
+    stacked = jax.tree.map(
+        lambda leaf, axis: slots.padded(leaf, axis, after=response_width),
+        prefilled.caches,
+        COLUMNS,
+    )
     state = slots.fresh(slots.unstacked(stacked, mesh), P, B, response_width)
     state = state._replace(tokens_BxW=jnp.full_like(state.tokens_BxW, request.pad_id))
     budget = jnp.minimum(request.sampling.max_tokens, response_width)

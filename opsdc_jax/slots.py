@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from opsdc_jax import sharding
 from opsdc_jax.models import decode, qwen3
-from opsdc_jax.models.layers import KVCache, Qwen3Config
+from opsdc_jax.models.layers import COLUMNS, KVCache, Qwen3Config
 from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.rollout import Array
 from opsdc_jax.sampling import SamplingParams, draw, log_probability
@@ -210,7 +210,7 @@ def decode_until_done(
     weights: decode.Weights, config: Qwen3Config, slots: Slots, rules: Rules, vocab_size: int
 ) -> Slots:
     """Draws tokens until all rows are done, or the buffers are full."""
-    W, S = slots.tokens_BxW.shape[1], slots.caches[0].keys.shape[2]
+    W, S = slots.tokens_BxW.shape[1], columns_of(slots.caches[0])
     head_VxD = qwen3.unembedding(weights.params)
 
     def unfinished(slots: Slots) -> jax.Array:
@@ -238,9 +238,12 @@ def decode_until_done(
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "rows", "columns", "width"))
 def empty(config: Qwen3Config, mesh: Mesh, rows: int, columns: int, width: int) -> Slots:
     """Slots without a response; `width` is of the buffers."""
-    shape = rows, config.num_key_value_heads, columns, config.head_dim
+    N, K, dtype = config.num_key_value_heads, config.head_dim, config.compute_dtype
     caches = [
-        KVCache(*(jnp.zeros(shape, config.compute_dtype) for _ in KVCache._fields))
+        KVCache(
+            keys=jnp.zeros((rows, N, K, columns), dtype),
+            values=jnp.zeros((rows, N, columns, K), dtype),
+        )
         for _ in range(config.num_hidden_layers)
     ]
     return _placed(fresh(caches, 0, rows, width), mesh)
@@ -286,21 +289,20 @@ def refill(
 ) -> Slots:
     """Lays prompts into the rings of free slots, and draws their first tokens."""
     slots = _placed(slots, mesh)
-    S = slots.caches[0].keys.shape[2]
+    S = columns_of(slots.caches[0])
 
     def put(i: jax.Array, caches: list[KVCache]) -> list[KVCache]:
         slot = refill.slots_B[i]
         source = refill.sources_B[slot]
 
-        def into(cache_BxNxSxK: jax.Array, prompts_MxNxPxK: jax.Array) -> jax.Array:
-            row = jax.lax.dynamic_slice_in_dim(prompts_MxNxPxK, source, 1, axis=0)
-            front = ((0, 0), (0, 0), (S - row.shape[2], 0), (0, 0))
-            ring = jnp.roll(jnp.pad(row, front), slots.column, axis=2)
-            return jax.lax.dynamic_update_slice_in_dim(cache_BxNxSxK, ring, slot, axis=0)
+        def into(layer: int, cache: jax.Array, prompts: jax.Array, axis: int) -> jax.Array:
+            row = jax.lax.dynamic_slice_in_dim(prompts[layer], source, 1, axis=0)
+            ring = jnp.roll(padded(row, axis, before=S - row.shape[axis]), slots.column, axis)
+            return jax.lax.dynamic_update_slice_in_dim(cache, ring, slot, axis=0)
 
         return [
-            KVCache(*(into(old, new[layer]) for old, new in zip(c, prefilled.caches, strict=True)))
-            for layer, c in enumerate(caches)
+            jax.tree.map(functools.partial(into, layer), cache, prefilled.caches, COLUMNS)
+            for layer, cache in enumerate(caches)
         ]
 
     caches = jax.lax.fori_loop(0, refill.starts, put, slots.caches)
@@ -343,16 +345,29 @@ def resize(cache: KVCache, column: jax.Array, *, mesh: Mesh, columns: int) -> KV
     A layer at a time: the rings of all layers are never there twice. Columns lie oldest first: the
     next to be written is 0, the oldest that is left, or, in a larger ring, the first new one.
     """
-    S = cache.keys.shape[2]
+    S = columns_of(cache)
 
-    def laid(cache_BxNxSxK: jax.Array) -> jax.Array:
-        oldest_first = jnp.roll(cache_BxNxSxK, -column, axis=2)
+    def laid(kept: jax.Array, axis: int) -> jax.Array:
+        oldest_first = jnp.roll(kept, -column, axis)
         if columns <= S:
-            return oldest_first[:, :, S - columns :]
-        return jnp.pad(oldest_first, ((0, 0), (0, 0), (0, columns - S), (0, 0)))
+            return jax.lax.slice_in_dim(oldest_first, S - columns, S, axis=axis)
+        return padded(oldest_first, axis, after=columns - S)
 
-    cache = jax.lax.with_sharding_constraint(cache, placements(mesh).caches)
-    return jax.lax.with_sharding_constraint(jax.tree.map(laid, cache), placements(mesh).caches)
+    placed = placements(mesh).caches
+    cache = jax.lax.with_sharding_constraint(cache, placed)
+    return jax.lax.with_sharding_constraint(jax.tree.map(laid, cache, COLUMNS), placed)
+
+
+def columns_of(cache: KVCache) -> int:
+    """S, of a layer's cache or of stacked ones."""
+    return cache.values.shape[COLUMNS.values]
+
+
+def padded(array: jax.Array, axis: int, before: int = 0, after: int = 0) -> jax.Array:
+    """With zeros before and after along one axis."""
+    room = [(0, 0)] * array.ndim
+    room[axis] = before, after
+    return jnp.pad(array, room)
 
 
 def placements(mesh: Mesh) -> Any:

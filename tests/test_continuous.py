@@ -91,7 +91,7 @@ def test_long_contexts_go_in_segments_also_where_every_row_has_a_slot(monkeypatc
     columns, advance, read = [], slots.advance, []
 
     def noted(weights, config, state, *args, **static):
-        columns.append(state.caches[0].keys.shape[2])
+        columns.append(slots.columns_of(state.caches[0]))
         return advance(weights, config, state, *args, **static)
 
     get = jax.device_get

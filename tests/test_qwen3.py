@@ -101,8 +101,9 @@ def test_prefill_and_decode_equal_forward(name, prefilled, implementation):
         valid_BxT=given.valid[:, :prefilled],
     )
     rows, width = given.tokens.shape
-    room = ((0, 0), (0, 0), (0, 0), (0, width - prefilled), (0, 0))
-    keys, values = (np.pad(leaf, room, constant_values=7.0) for leaf in stacked)
+    same, more = (0, 0), (0, width - prefilled)
+    keys = np.pad(stacked.keys, (same, same, same, same, more), constant_values=7.0)
+    values = np.pad(stacked.values, (same, same, same, more, same), constant_values=7.0)
     caches = [KVCache(*layer) for layer in zip(keys, values, strict=True)]
     layers = decode.unstack_layers(jax.tree.map(np.asarray, model.params), config)
     step = jax.jit(decode.decode_step, static_argnames="config")

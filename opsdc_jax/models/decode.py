@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from opsdc_jax import sharding
 from opsdc_jax.models import attention, qwen3
-from opsdc_jax.models.layers import KVCache, Qwen3Config, rms_norm
+from opsdc_jax.models.layers import COLUMNS, KVCache, Qwen3Config, rms_norm
 from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.models.rope import apply_rotary, rotary_tables
 
@@ -174,28 +174,25 @@ def _project(
     key_value_Bx2xNxK = _rows_first(jnp.tensordot(layer.key_value_2xNxKxD, normed_DxB, axes=1))
     query = rms_norm(query_BxHxK[:, :, None], layer.query_norm_K, epsilon)
     key = rms_norm(key_value_Bx2xNxK[:, 0, :, None], layer.key_norm_K, epsilon)
-    new = KVCache(apply_rotary(key, cos, sin), key_value_Bx2xNxK[:, 1, :, None])
-    cache = KVCache(
-        *(
-            jax.lax.dynamic_update_slice(kept_BxNxSxK, new_BxNx1xK, (0, 0, slot, 0))
-            for kept_BxNxSxK, new_BxNx1xK in zip(cache, new, strict=True)
-        )
-    )
+    key_BxNxKx1 = jnp.swapaxes(apply_rotary(key, cos, sin), 2, 3)
+    new = KVCache(key_BxNxKx1, key_value_Bx2xNxK[:, 1, :, None])
+
+    def write(kept: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(kept, new, slot, axis)
+
+    cache = jax.tree.map(write, cache, new, COLUMNS)
     return apply_rotary(query, cos * scale, sin * scale), cache
 
 
 def _attend(query_BxHx1xK: jax.Array, cache: KVCache, valid_BxS: jax.Array) -> jax.Array:
-    """Attention of one new token in each row to its cache, [B, H, K]; as `attention.dense`."""
-    B, N, _, K = cache.keys.shape
+    """Attention of one new token in each row to its cache, [B, H, K]."""
+    B, N, K, _ = cache.keys.shape
     query_BxNxGxK = query_BxHx1xK.reshape(B, N, -1, K)
-    # Keys first: the larger array is best the left one, as with the weights.
-    scores_BxNxSxG = jax.lax.optimization_barrier(
-        jnp.einsum("bnsk,bngk->bnsg", cache.keys, query_BxNxGxK, preferred_element_type=jnp.float32)
+    scores_BxNxGxS = jnp.einsum(
+        "bngk,bnks->bngs", query_BxNxGxK, cache.keys, preferred_element_type=jnp.float32
     )
-    scores = jnp.where(
-        valid_BxS[:, None, None], jnp.swapaxes(scores_BxNxSxG, 2, 3), attention.MASKED
-    )
-    weights_BxNxGxS = jax.nn.softmax(scores, axis=-1).astype(cache.values.dtype)
+    scores_BxNxGxS = jnp.where(valid_BxS[:, None, None], scores_BxNxGxS, attention.MASKED)
+    weights_BxNxGxS = jax.nn.softmax(scores_BxNxGxS, axis=-1).astype(cache.values.dtype)
     attended = jnp.einsum("bngs,bnsk->bngk", weights_BxNxGxS, cache.values)
     return attended.reshape(B, -1, K)
 

@@ -53,10 +53,21 @@ class Qwen3Config:
 
 
 class KVCache(NamedTuple):
-    """Keys (after norm and RoPE) and values of one layer: each [B, N, S, K], in compute dtype."""
+    """Keys (after norm and RoPE) and values of one layer, in compute dtype.
+
+    They lie as decoding's products read them, whose outputs come last: scores [.., S] and
+    attended values [.., K].
+
+    Attributes:
+      keys: [B, N, K, S].
+      values: [B, N, S, K].
+    """
 
     keys: jax.Array
     values: jax.Array
+
+
+COLUMNS = KVCache._make((-1, -2))  # the axes of S: of the keys, of the values
 
 
 def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
@@ -124,7 +135,7 @@ class Attention(nnx.Module):
         attended = attend(query, keys, values)
         attended = jnp.swapaxes(attended, -2, -3)
         out = jnp.einsum("...hk,hkd->...d", attended, self.out[...].astype(x_BxTxD.dtype))
-        return out, KVCache(keys, values)
+        return out, KVCache(jnp.swapaxes(keys, -1, -2), values)
 
 
 class MLP(nnx.Module):

@@ -233,7 +233,7 @@ def prefill(
     valid_BxT: jax.Array,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, KVCache]:
-    """Like `forward`, and the caches of all layers stacked: each [L, B, N, T, K]."""
+    """Like `forward`, and the caches of all layers stacked, of T columns each."""
     attend = functools.partial(
         attention.attention, implementation=config.attention, valid_BxT=valid_BxT, mesh=mesh
     )
