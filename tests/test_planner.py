@@ -182,9 +182,10 @@ def test_the_train_step_counts_as_by_hand(monkeypatch):
     forward = 2 * B * (T * weights + attention)
     head = 2 * B * R * model.vocab_size * model.hidden_size
     down = 2 * B * T * model.num_hidden_layers * model.hidden_size * model.intermediate_size
-    # The student: forward, again (but for what the next layer only adds), backward twice; the
-    # teacher: forward. The head: two logits, two gradients.
-    assert flops == 5 * forward - down + 4 * head
+    # The student: forward, again (but for what the next layer only adds), backward twice, for
+    # which attention forms its scores once more; the teacher: forward. The head: two logits, two
+    # gradients.
+    assert flops == 5 * forward - down + B * attention + 4 * head
 
 
 def test_the_roofline_is_the_longer_side():
