@@ -6,6 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/installed
 
+# glibc's huge pages: XLA asks for all memory of a step anew each time (docs/performance.md).
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 .PHONY: setup demo test lint
 
 setup: $(INSTALLED)
