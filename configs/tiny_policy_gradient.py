@@ -7,9 +7,8 @@ on one response a problem as everywhere here. All else is as in configs/tiny.py.
 Command:   python scripts/train.py --config configs/tiny_policy_gradient.py --workdir runs/tiny_pg
 Hardware:  2 CPU cores, 3 GiB of memory.
 Time:      as configs/tiny.py, at most 5 minutes.
-Expected:  right and short answers, at the price of entropy, whose guard only warns here. Rollouts
-           of one run, steps 1-5 against 36-40: 85 tokens, 74% right, 0.129 nats; 29 tokens, 95%
-           right, 0.026 nats. The student is not measured yet.
+Expected:  right and short answers, 66.5 ± 0.8% fewer tokens at 96.3 ± 2.4%, at the price of entropy,
+           which falls to 26% (docs/reproduction.md) and whose guard only warns here.
 """
 
 import pathlib
