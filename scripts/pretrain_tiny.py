@@ -3,8 +3,8 @@
 `--world hard` takes the corpus of the world described in docs/tiny_hard.md.
 
 Writes a Hugging Face folder (weights, tokenizer) and recipe.json beside them: the command, the
-recipe, the time it took and what was measured. The folder that ships with the package is
-opsdc_jax/tiny/base; `--config.model.path=DIR` trains on yours.
+recipe, the time it took and what was measured. The folders that ship with the package are
+opsdc_jax/tiny/base and base_hard; `--config.model.path=DIR` trains on yours.
 
 Exit codes: 0 done; 1 an unexpected error (with a traceback); 2 bad input.
 """

@@ -13,7 +13,7 @@ from helpers import SMALL, load_script
 from opsdc_jax.config import InputError
 from opsdc_jax.models import hf, qwen3, weights
 from opsdc_jax.prompts import TEMPLATES, Prompts
-from opsdc_jax.tiny import BASE_FOLDER, pretrain, task
+from opsdc_jax.tiny import BASE_FOLDERS, pretrain, task
 from opsdc_jax.tiny.tokenizer import build_tokenizer
 from opsdc_jax.tiny.worlds import WORLDS, draw_style
 
@@ -300,17 +300,23 @@ def test_script_refuses_a_folder_it_cannot_write(flags, reason):
         load_script("pretrain_tiny").main(["pretrain_tiny.py", *flags])
 
 
-def test_shipped_base_fits_and_matches(tokenizer):
-    assert sum(file.stat().st_size for file in BASE_FOLDER.iterdir()) <= 4 * 2**20
-    config = hf.load_config(BASE_FOLDER)
+@pytest.mark.parametrize("name", BASE_FOLDERS)
+def test_shipped_base_fits_and_matches(tokenizer, name):
+    folder = BASE_FOLDERS[name]
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 4 * 2**20
+    config = hf.load_config(folder)
     assert config == pretrain.base_config(len(tokenizer))
-    weights.load_params(BASE_FOLDER, config)
-    assert hf.stop_token_ids(BASE_FOLDER, tokenizer) == (tokenizer.eos_token_id,)
-    shipped = hf.load_tokenizer(BASE_FOLDER)
+    weights.load_params(folder, config)
+    assert hf.stop_token_ids(folder, tokenizer) == (tokenizer.eos_token_id,)
+    shipped = hf.load_tokenizer(folder)
     assert shipped.chat_template == tokenizer.chat_template
     assert shipped.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
 
 
-def test_shipped_recipe_is_the_recipe_of_the_code():
-    record = json.loads((BASE_FOLDER / "recipe.json").read_text())
+@pytest.mark.parametrize(("name", "world"), [("tiny", "default"), ("tiny_hard", "hard")])
+def test_shipped_recipe_is_the_recipe_of_the_code(name, world):
+    record = json.loads((BASE_FOLDERS[name] / "recipe.json").read_text())
+    assert record["mix"] == {
+        prompt or "plain": share for prompt, share in WORLDS[world].mix.items()
+    }
     assert record["recipe"] == dataclasses.asdict(pretrain.Recipe())
