@@ -5,8 +5,8 @@ configs/tiny.py.
 
 Command:   python scripts/train.py --config configs/tiny_hard.py --workdir runs/tiny_hard
 Hardware:  2 CPU cores, 3 GiB of memory.
-Time:      TIME.
-Expected:  EXPECTED
+Time:      not measured; responses are longer than in configs/tiny.py, and there are as many steps.
+Expected:  not measured. The base alone: 66.8% at 124 tokens, under the instruction 52.2% at 37.
 """
 
 import pathlib

@@ -183,8 +183,10 @@ def write_response(problem: Problem, style: Style, rng: np.random.Generator) -> 
     if rng.random() < r:
         thoughts.append(_pick(rng, _PLANS))
     if style.slip is not None:
-        is_checked = rng.random() < r
-        thoughts += (_checked_derivations if is_checked else _steps)(problem, style, rng)
+        if rng.random() < r:
+            thoughts += _checked_derivations(problem, style, style.slip, rng)
+        else:
+            thoughts += _steps(problem, style, rng)
         return _RESPONSE.format(thoughts=" ".join(thoughts), v=problem.answer)
     thoughts += _steps(problem, style, rng)
     if rng.random() < _FIRST_RECHECK_SCALE * r:
@@ -196,16 +198,19 @@ def write_response(problem: Problem, style: Style, rng: np.random.Generator) -> 
     return _RESPONSE.format(thoughts=" ".join(thoughts), v=problem.answer)
 
 
-def _checked_derivations(problem: Problem, style: Style, rng: np.random.Generator) -> list[str]:
+def _checked_derivations(
+    problem: Problem, style: Style, slip: float, rng: np.random.Generator
+) -> list[str]:
     """Derivations of the answer until two in a row agree; at most two of them slip.
 
     After a disagreement the next derivation starts anew, with remarks, and is checked again.
     """
-    thoughts, before, slips = [], None, 0
+    thoughts: list[str] = []
+    before, slips = None, 0
     bare = Style(0.0, style.merge)
     while True:
         values = problem.values
-        if slips < _MAX_SLIPS and rng.random() < style.slip:
+        if slips < _MAX_SLIPS and rng.random() < slip:
             slips += 1
             values = _slipped(problem, {problem.values[-1], before}, rng)
         if before is None:
