@@ -7,7 +7,9 @@ is as in configs/tiny.py.
 Command:   python scripts/train.py --config configs/tiny_sft.py --workdir runs/tiny_sft
 Hardware:  2 CPU cores, 3 GiB of memory.
 Time:      as configs/tiny.py, at most 5 minutes.
-Expected:  about the length of the concise prompt, which is all there is to imitate. Not measured.
+Expected:  about length and accuracy of the concise prompt, which is all there is to imitate. One
+           run (--config.eval.samples_per_level=128): 82.3 ± 3.8% at 55.9 tokens, against 83.6 ±
+           3.7% at 55.6. The base: 74.0 ± 4.4% at 86.6.
 """
 
 import pathlib
@@ -22,4 +24,6 @@ def get_config() -> ConfigDict:
     config.sampler.policy = "teacher"
     config.teacher.every = 0
     config.loss.divergence = "nll"
+    # Its gradients are noisier than a whole distribution's; other rates: docs/LOG.md.
+    config.optim.lr = 5e-5
     return config

@@ -46,7 +46,7 @@ def default_config() -> ConfigDict:
 
     config.prompts = ConfigDict()
     config.prompts.template = "dapo"  # wrapping of the problem, a name in opsdc_jax/prompts.py
-    config.prompts.instruction = "v1"  # teacher's: v1, v2, percent20/50/80, or a sentence
+    config.prompts.instruction = "v1"  # teacher's: v1, v2, percent20/50/80, none, or a sentence
     config.prompts.student_thinking = True  # Qwen3's thinking mode, by side
     config.prompts.teacher_thinking = True
     config.prompts.allow_different_thinking = False  # accept prompts that end differently
@@ -122,6 +122,9 @@ def default_config() -> ConfigDict:
     config.eval.level_column = ""
     config.eval.limit = 0  # problems of each benchmark, drawn at random; 0 = all
     config.eval.samples = 8  # responses to each problem; paper
+    # Folder of another run, whose responses of the base model are taken over where they were
+    # sampled in the same way; empty: all are sampled
+    config.eval.reuse = ""
     config.eval.every = 0  # steps between evaluations of the student; 0 = only before and after
     config.eval.samples_per_level = 512  # fresh problems of each difficulty level (tiny)
     config.eval.batch_size = 32  # rows that decode at a time, as sampler.slots

@@ -157,7 +157,7 @@ def jsd(pair: Pair) -> tuple[jax.Array, Slopes]:
 
 
 def nll(pair: Pair) -> tuple[jax.Array, Slopes]:
-    """-log q of the sampled token, [C], for the baselines; and its slopes q - 1 at that token.
+    """-log q of the sampled token, [C], for the baselines; its slopes are q, less 1 at that token.
 
     The teacher plays no part. On the teacher's samples it is supervised fine-tuning; with
     advantages as weights, on the student's own, its gradient is the policy gradient.

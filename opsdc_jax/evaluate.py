@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from opsdc_jax import distributed, summary
+from opsdc_jax import distributed, results, summary
 from opsdc_jax.benchmarks import Benchmark
 from opsdc_jax.data import Example
-from opsdc_jax.measures import END_THINK, THINK, is_thought_open
+from opsdc_jax.measures import is_thought_open, mark_ids
 from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.progress import seconds
 from opsdc_jax.prompts import Prompts
@@ -80,6 +80,11 @@ class Evaluator:
             files = self._files(system, benchmark)
             described = self._describe(system, benchmark)
             distributed.first_does(functools.partial(files.open, described))
+            # A run's own student is described by its step alone: it is never another run's.
+            if self.settings.eval.reuse and results.student_step(system.name) is None:
+                folder = pathlib.Path(self.settings.eval.reuse) / "eval" / benchmark.name
+                other = SystemFiles(folder, system.name)
+                distributed.first_does(functools.partial(files.take_over, other))
             opened.append(self._sampled(files, benchmark))
         return opened
 
@@ -184,8 +189,7 @@ class Evaluator:
     def _describe(self, system: System, benchmark: Benchmark) -> dict[str, Any]:
         """All that the responses depend on, and what measuring them without a model needs."""
         prompts, options = self.settings.prompts, self.settings.eval
-        vocabulary = self.tokenizer.get_vocab()
-        think_id, end_think_id = vocabulary.get(THINK), vocabulary.get(END_THINK)
+        think_id, end_think_id = mark_ids(self.tokenizer)
         prompt = self._render(system)(benchmark.examples[0].problem)
         return {
             "benchmark": benchmark.name,

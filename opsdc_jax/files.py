@@ -77,7 +77,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     Raises:
       InputError: it cannot be written.
     """
-    _replace(path, [json.dumps(value, indent=2) + "\n"])
+    _replace(path, [json.dumps(value, indent=2).encode() + b"\n"])
 
 
 Fields = Mapping[str, type | tuple[type, ...]]
@@ -136,15 +136,15 @@ def write_json_lines(path: pathlib.Path, values: Iterable[Any]) -> None:
     Raises:
       InputError: the file cannot be written.
     """
-    _replace(path, (json.dumps(value) + "\n" for value in values))
+    _replace(path, (json.dumps(value).encode() + b"\n" for value in values))
 
 
-def _replace(path: pathlib.Path, texts: Iterable[str]) -> None:
+def _replace(path: pathlib.Path, parts: Iterable[bytes]) -> None:
     temporary = path.with_suffix(".tmp")
     try:
         with writing(path):
-            with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(texts)
+            with temporary.open("wb") as file:
+                file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())  # or a power failure leaves the new name without contents
             temporary.replace(path)
@@ -152,6 +152,21 @@ def _replace(path: pathlib.Path, texts: Iterable[str]) -> None:
         with contextlib.suppress(OSError):  # where there is no room, none is to be taken
             temporary.unlink()
         raise
+
+
+def copy_file(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies a file in one go: readers see the old file or the whole new one.
+
+    Raises:
+      InputError: it cannot be read, or not be written.
+    """
+    check_regular(source)
+    try:
+        file = source.open("rb")
+    except OSError as error:
+        raise InputError(f"{source} cannot be read: {error}") from None
+    with file:
+        _replace(target, file)
 
 
 def fingerprint(paths: Iterable[pathlib.Path]) -> str:

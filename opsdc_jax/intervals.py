@@ -50,6 +50,19 @@ def mean(values_P: np.ndarray) -> Estimate:
     return ratio(values_P, np.ones(len(values_P)))
 
 
+def signed_mean(values_N: np.ndarray) -> Estimate:
+    """Mean of numbers of either sign, for instance of one number a training run: plain t interval.
+
+    Shape: N independent numbers, which need not be problems.
+    """
+    values = np.asarray(values_N, float)
+    value = float(values.mean())
+    if len(values) < 2:
+        return Estimate(value=value, low=None, high=None)
+    half = _quantile(len(values)) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return Estimate(value=value, low=value - half, high=value + half)
+
+
 def proportion(values_P: np.ndarray, responses: float) -> Estimate:
     """Mean of fractions in [0, 1].
 

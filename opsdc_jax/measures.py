@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -77,6 +78,17 @@ def thinking_tokens(
     if closed >= 0:
         return closed + 1
     return len(ids) if thought_open or _last(ids, think_id) >= 0 else 0
+
+
+def mark_ids(tokenizer: Any) -> tuple[int | None, int | None]:
+    """Ids of `THINK` and `END_THINK`; None where the tokenizer has none."""
+    vocabulary = tokenizer.get_vocab()
+    return vocabulary.get(THINK), vocabulary.get(END_THINK)
+
+
+def with_its_thought(text: str, thought_open: bool) -> str:
+    """A response as it is graded: a thought that the prompt opened begins with its mark again."""
+    return THINK + text if thought_open else text
 
 
 def is_thought_open(prompt: Sequence[int], think_id: int | None, end_think_id: int | None) -> bool:

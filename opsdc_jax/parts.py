@@ -78,6 +78,11 @@ def prepare(settings: ConfigDict) -> Parts:
     Raises:
       InputError: an input that cannot work, with what to change.
     """
+    reused = settings.eval.reuse
+    if reused and not (pathlib.Path(reused) / "eval").is_dir():
+        raise config.InputError(
+            f"eval.reuse={reused!r} is no folder of a run: it holds no eval/, so leave it empty"
+        )
     folder = hf.resolve_folder(settings.model.path)
     model = hf.load_config(
         folder, settings.model.compute_dtype, settings.model.remat, settings.model.attention

@@ -13,6 +13,8 @@ from opsdc_jax.config import InputError
 
 CONTROL_TOKEN = "the text contains a control token of the chat template"
 """Why a problem is left out: the model would read part of it as the end of the user's message."""
+NO_INSTRUCTION = "none"
+"""The name under which the teacher's prompt is the student's: to see what the instruction does."""
 _PERCENTS = (20, 50, 80)
 # No token of Qwen3 stands for more characters. A text beyond that many a token of the budget need
 # not be tokenized, which takes minutes and gigabytes where a text has 100 MB.
@@ -94,18 +96,23 @@ _TINY = Template(
 TEMPLATES: Mapping[str, Template] = {"dapo": _DAPO, "plain": _PLAIN, "tiny": _TINY}
 
 
-def instruction_text(template: Template, instruction: str) -> str:
+def instruction_text(template: Template, instruction: str) -> str | None:
     """Text of an instruction: a known name, or the user's own wording (anything with a space).
+
+    Returns:
+      None for `NO_INSTRUCTION`.
 
     Raises:
       InputError: the name is unknown to this template.
     """
+    if instruction == NO_INSTRUCTION:
+        return None
     if instruction in template.instructions:
         return template.instructions[instruction]
     if " " not in instruction.strip():
         raise InputError(
             f"prompts.instruction={instruction!r} is neither one of "
-            f"{', '.join(template.instructions)} nor a sentence of your own"
+            f"{', '.join(template.instructions)}, {NO_INSTRUCTION} nor a sentence of your own"
         )
     return instruction
 
@@ -146,7 +153,7 @@ class Prompts:
         self._student_thinking = student_thinking
         self._teacher_thinking = teacher_thinking
         self._control_tokens = tuple(tokenizer.get_added_vocab())
-        if self._has_control_token(self._instruction):
+        if self._instruction and self._has_control_token(self._instruction):
             raise InputError("prompts.instruction contains a control token of the chat template")
         self._check_endings(allow_different_thinking)
 
@@ -202,6 +209,8 @@ class Prompts:
         return self._template.student.replace("{problem}", problem)
 
     def _teacher_message(self, problem: str) -> str:
+        if self._instruction is None:
+            return self._student_message(problem)
         # The problem goes in last: its own braces must never be taken for a placeholder.
         message = self._template.teacher.replace("{instruction}", self._instruction)
         return message.replace("{problem}", problem)

@@ -10,6 +10,7 @@ from opsdc_jax.config import InputError, differing_keys
 from opsdc_jax.files import (
     Fields,
     check_fields,
+    copy_file,
     read_json,
     read_json_lines,
     write_json,
@@ -93,6 +94,20 @@ class SystemFiles(NamedTuple):
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.settings, settings)
+
+    def take_over(self, other: "SystemFiles") -> None:
+        """Copies the responses of another folder, if they were sampled as these are to be.
+
+        Does nothing where responses are already, or where the other folder has none that fit. A
+        file that another run still writes may end in a torn line, which `resume` drops.
+
+        Raises:
+          InputError: the other folder's settings are damaged, or nothing can be written.
+        """
+        if self.responses.exists() or not (other.settings.exists() and other.responses.exists()):
+            return
+        if read_json(other.settings) == read_json(self.settings):
+            copy_file(other.responses, self.responses)
 
     def resume(self) -> dict[tuple[int, int], int]:
         """Drops a line that a crash left torn.

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from opsdc_jax import distributed, grading
 from opsdc_jax.data import Example
-from opsdc_jax.measures import END_THINK, THINK, is_thought_open
+from opsdc_jax.measures import is_thought_open, mark_ids, with_its_thought
 from opsdc_jax.rollout import Rollout
 from opsdc_jax.statistics import HEADLINE
 
@@ -82,14 +82,13 @@ def is_right(
     right_B = np.zeros(len(examples), np.int32)
 
     def grade() -> None:
-        vocabulary = tokenizer.get_vocab()
-        marks = vocabulary.get(THINK), vocabulary.get(END_THINK)
+        marks = mark_ids(tokenizer)
         items = []
         rows = zip(examples, prompts, sampled.tokens_BxR, sampled.lengths_B, strict=True)
         for (example, prompt, ids, length), stopped in zip(rows, sampled.stopped_B, strict=True):
             text = tokenizer.decode(ids[: length - stopped].tolist())
-            opened = THINK if is_thought_open(prompt, *marks) else ""
-            items.append((opened + text, example.answer, not stopped))
+            text = with_its_thought(text, is_thought_open(prompt, *marks))
+            items.append((text, example.answer, not stopped))
         right_B[:] = [graded.scores[HEADLINE] for graded in grading.grade_many(items)]
 
     with jax.transfer_guard("allow"):  # processes agree by way of their devices

@@ -122,6 +122,8 @@ def pair(
     teacher_width: int,
     response_width: int,
     pad_id: int,
+    weights: str = "tokens",
+    credit_B: np.ndarray | None = None,
 ) -> DistillBatch:
     """Joins host-side responses to both prompts.
 
@@ -129,8 +131,11 @@ def pair(
       rollout: numpy arrays, one row for each prompt.
       student_width, teacher_width: at least the longest prompt and response of that side.
       response_width: at least the longest response.
+      weights, credit_B: see `loss_weights`; None is a credit of 1 for all rows.
     """
     lengths = np.asarray(rollout.lengths_B).astype(np.int32)
+    credit = np.ones(len(lengths)) if credit_B is None else credit_B
+    weights_B, shares_B = loss_weights(weights, lengths, credit)
 
     def padded(rows: Sequence[Sequence[int]], width: int, dtype: Any, fill: float) -> np.ndarray:
         out = np.full((len(lengths), width), fill, dtype)
@@ -155,8 +160,8 @@ def pair(
         response_BxR=padded(responses, response_width, np.int32, pad_id),
         lengths_B=lengths,
         logprobs_BxR=padded(cut(rollout.logprobs_BxR), response_width, np.float32, 0.0),
-        weights_B=np.ones(len(lengths), np.float32),
-        shares_B=lengths.astype(np.float32),
+        weights_B=weights_B,
+        shares_B=shares_B,
     )
 
 
@@ -209,10 +214,8 @@ def micro_batches(
 
     Args:
       longest: the budgets of prompt and response together, in tokens.
-      weights, credit_B: see `loss_weights`; None is a credit of 1 for all rows.
+      weights, credit_B: as in `pair`.
     """
-    if credit_B is None:
-        credit_B = np.ones(len(student_prompts))
     host = jax.tree.map(np.asarray, rollout)
     student_T, teacher_T = (
         np.array([len(prompt) for prompt in prompts]) + host.lengths_B
@@ -225,17 +228,19 @@ def micro_batches(
     for start in range(0, len(order), micro_batch_size):
         rows = order[start : start + micro_batch_size]
         width = fitting(row_widths(longest), int(needed[rows].max()))
-        batch = pair(
-            jax.tree.map(lambda leaf, rows=rows: leaf[rows], host),
-            [student_prompts[row] for row in rows],
-            [teacher_prompts[row] for row in rows],
-            student_width=width,
-            teacher_width=width + extra,
-            response_width=min(width, host.tokens_BxR.shape[1]),
-            pad_id=pad_id,
+        batches.append(
+            pair(
+                jax.tree.map(lambda leaf, rows=rows: leaf[rows], host),
+                [student_prompts[row] for row in rows],
+                [teacher_prompts[row] for row in rows],
+                student_width=width,
+                teacher_width=width + extra,
+                response_width=min(width, host.tokens_BxR.shape[1]),
+                pad_id=pad_id,
+                weights=weights,
+                credit_B=None if credit_B is None else credit_B[rows],
+            )
         )
-        weights_B, shares_B = loss_weights(weights, batch.lengths_B, credit_B[rows])
-        batches.append(dataclasses.replace(batch, weights_B=weights_B, shares_B=shares_B))
     return batches
 
 

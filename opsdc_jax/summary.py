@@ -44,9 +44,7 @@ def grade(files: SystemFiles) -> None:
     items: list[tuple[str, str, bool]] = []
     rows: list[dict[str, Any]] = []
     for response in files.rows():
-        text = response["text"]
-        if settings["thought_open"]:
-            text = measures.THINK + text
+        text = measures.with_its_thought(response["text"], settings["thought_open"])
         items.append((text, response["gold"], not response["stopped"]))
         rows.append(_measure(response, settings) | {"unparsed": _is_unparsed(response, text)})
     if not rows:

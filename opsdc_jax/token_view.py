@@ -16,10 +16,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from opsdc_jax import sharding
-from opsdc_jax.distill import response_hidden
 from opsdc_jax.models import qwen3
 from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.models.qwen3 import Params
+from opsdc_jax.objective import response_hidden
 from opsdc_jax.rollout import Array, DistillBatch, Rollout, pair
 
 CHUNK = 64  # positions whose logits exist at a time: few, as these heads are not split over V

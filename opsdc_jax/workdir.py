@@ -18,8 +18,8 @@ from opsdc_jax.results import SUMMARY
 # Keys in which a run that continues may differ: where and in which portions it computes, and what
 # it logs, and what the guards make of it. Results stay the same, but for roundings.
 _FREE = re.compile(
-    r"(mesh|log|checkpoint|guards)\.|(train\.micro_batch_size|eval\.batch_size|sampler\.slots"
-    r"|optim\.offload|loss\.chunk_tokens|model\.remat|model\.attention)$"
+    r"(mesh|log|checkpoint|guards)\.|(train\.micro_batch_size|eval\.batch_size|eval\.reuse"
+    r"|sampler\.slots|optim\.offload|loss\.chunk_tokens|model\.remat|model\.attention)$"
 )
 
 

@@ -21,9 +21,9 @@ import numpy as np
 from absl import flags
 
 from opsdc_jax import cli, config, divergences, rollout, sharding
-from opsdc_jax.distill import response_hidden, response_mask
 from opsdc_jax.divergences import Pair, moments
 from opsdc_jax.models import qwen3, weights
+from opsdc_jax.objective import response_hidden, response_mask
 from opsdc_jax.parts import Parts, batch_of, prepare
 from opsdc_jax.rollout import DistillBatch
 from opsdc_jax.sampling import SamplingParams

@@ -23,8 +23,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from opsdc_jax import cli, config, divergences, losses, rollout, sharding
-from opsdc_jax.distill import response_hidden, response_mask
 from opsdc_jax.models import qwen3, weights
+from opsdc_jax.objective import response_hidden, response_mask
 from opsdc_jax.parts import Parts, batch_of, prepare
 from opsdc_jax.rollout import DistillBatch
 from opsdc_jax.sampling import SamplingParams

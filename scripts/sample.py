@@ -97,7 +97,9 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     define = {"flag_values": values}
     flags.DEFINE_string("model", None, 'a folder, a hub id, or "tiny"', **define)
     flags.DEFINE_string("prompt", None, "the problem, without any wrapping", **define)
-    flags.DEFINE_string("instruction", "v1", "v1, v2, percent20/50/80, or a sentence", **define)
+    flags.DEFINE_string(
+        "instruction", "v1", "v1, v2, percent20/50/80, none, or a sentence", **define
+    )
     flags.DEFINE_enum("template", None, list(TEMPLATES), "wrapping of the problem", **define)
     flags.DEFINE_bool("no-thinking", False, "switch Qwen3's thinking mode off", **define)
     flags.DEFINE_integer(

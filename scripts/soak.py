@@ -19,7 +19,6 @@ Exit codes: 0 equal; 1 something differs, grew, or ended as it should not; 2 bad
 
 import dataclasses
 import json
-import os
 import pathlib
 import random
 import re
@@ -36,7 +35,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import flags
 
-from opsdc_jax import cli
+from opsdc_jax import cli, processes
 from opsdc_jax.config import InputError
 from opsdc_jax.metrics import read_metrics
 from opsdc_jax.progress import TIMES
@@ -94,15 +93,9 @@ class Run:
         command = [sys.executable, str(ROOT / "scripts" / "train.py")]
         command += ["--config", str(ROOT / "configs" / "tiny.py"), "--workdir", str(self.folder)]
         command += [f"--config.{override}" for override in (*SETTINGS, *self.overrides, *more)]
-        ours = os.sched_getaffinity(0)
-        with self.log.open("ab") as log:
-            self.log_start, self.started = log.tell(), time.monotonic()
-            self.first_step = self.step()
-            os.sched_setaffinity(0, self.processors)  # a new process has its parent's
-            try:
-                self.process = subprocess.Popen(command, stdout=log, stderr=log)
-            finally:
-                os.sched_setaffinity(0, ours)
+        self.log_start = self.log.stat().st_size if self.log.exists() else 0
+        self.started, self.first_step = time.monotonic(), self.step()
+        self.process = processes.start(command, self.log, self.processors)
 
     def step(self) -> int:
         """The last step in metrics.jsonl, 0 without one; it reads the end of the file only."""
@@ -210,12 +203,11 @@ def main(argv: Sequence[str]) -> int:
             for file in (sys.stdout, log):
                 print(json.dumps(row), file=file, flush=True)
 
-        whole = sorted(os.sched_getaffinity(0))
-        half = max(1, len(whole) // 2)
+        one_half, other_half = processes.shares(2)
         often = f"checkpoint.every_steps={args.compare_every}"
         kept = [*args.set, often, "checkpoint.keep=100000"]
-        calm = Run(out / "undisturbed", set(whole[:half]), kept)
-        killed = Run(out / "killed", set(whole[-half:]), args.set)
+        calm = Run(out / "undisturbed", one_half, kept)
+        killed = Run(out / "killed", other_half, args.set)
         memory = Memory(calm)
         began = time.monotonic()
         verdict: dict[str, Any] = {"kills": args.kills}

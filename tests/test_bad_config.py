@@ -102,6 +102,7 @@ TEXTS: list[Case] = [
     ("no evaluation", lambda s: s.train("--config.eval.source="), "eval.source='' is not known"),
     ("none and some", lambda s: s.train("--config.eval.source=none,tiny"), "'none'"),
     ("twice the same", lambda s: s.train("--config.eval.source=tiny,tiny"), "two benchmarks"),
+    ("no run to reuse", lambda s: s.train("--config.eval.reuse=nowhere"), "eval.reuse='nowhere'"),
     ("no template", lambda s: s.train("--config.prompts.template="), "prompts.template=''"),
     ("no instruction", lambda s: s.train("--config.prompts.instruction="), "instruction=''"),
     (

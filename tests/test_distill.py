@@ -10,7 +10,7 @@ import optax
 import pytest
 from helpers import SMALL, random_params, relative_error
 
-from opsdc_jax import distill, sharding
+from opsdc_jax import distill, objective, sharding
 from opsdc_jax.metrics import CompileCounter
 from opsdc_jax.models import qwen3
 from opsdc_jax.rollout import DistillBatch, Rollout, micro_batches, pair
@@ -420,7 +420,7 @@ def test_response_positions_predict_the_response(student):
     """Row t of the response's hidden states is the one whose successor is response token t."""
     tokens = jnp.array([[3, 4, 5, 6, 7, 8], [9, 8, 7, 6, 5, 4]])
     hidden = qwen3.forward(student, SMALL, tokens)
-    got = distill.response_hidden(
+    got = objective.response_hidden(
         student,
         SMALL,
         None,
@@ -437,7 +437,7 @@ def test_response_mask():
     fields = {field.name: None for field in dataclasses.fields(DistillBatch)}
     batch = DistillBatch(**fields | {"response_BxR": np.zeros((3, 4)), "lengths_B": np.arange(3)})
     expected = [[False] * 4, [True, False, False, False], [True, True, False, False]]
-    assert distill.response_mask(batch).tolist() == expected
+    assert objective.response_mask(batch).tolist() == expected
 
 
 def copy(params):

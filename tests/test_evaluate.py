@@ -193,6 +193,47 @@ def test_asked_to_stop_it_ends_after_a_segment_and_goes_on_later(evaluator):
     assert contents(evaluator.folder) == stopped_once
 
 
+@pytest.fixture
+def another(evaluator, tmp_path):
+    """An evaluator that takes over what the first one, a run of its own, has sampled."""
+    folder = tmp_path / "first" / "eval"
+    first = dataclasses.replace(evaluator, folder=folder, sampler=Parrot())
+    settings = evaluator.settings.copy_and_resolve_references()
+    settings.eval.reuse = str(folder.parent)
+    return first, dataclasses.replace(evaluator, settings=settings, folder=tmp_path / "second")
+
+
+def test_responses_of_another_run_are_taken_over(another):
+    first, second = another
+    first.run(BASE, {})
+    second.run(BASE, None)
+    assert second.sampler.prompts == []
+    assert contents(second.folder) == contents(first.folder)
+
+
+def test_what_another_run_has_not_sampled_yet_is_sampled(another):
+    first, second = another
+    first.run(BASE, {})
+    expected = contents(first.folder)
+    responses = SystemFiles(first.folder / "small", "base").responses
+    responses.write_bytes(responses.read_bytes()[:-30])  # a run that still writes
+    second.run(BASE, {})
+    assert second.sampler.prompts == [6]
+    assert contents(second.folder) == expected
+
+
+def test_only_responses_sampled_in_the_same_way_are_taken_over(another):
+    first, second = another
+    student = System("student-000002", "model", "step 2")  # of another run, another student
+    first.run(student, {})
+    second.run(student, {})
+    assert len(second.sampler.prompts) == 8
+    first.settings.eval.temperature = 0.5
+    first.run(BASE, {})
+    second.run(BASE, {})
+    assert len(second.sampler.prompts) == 16
+
+
 def test_every_cut_of_the_file_ends_in_the_same_bytes(evaluator):
     evaluator.run(BASE, {})
     expected = contents(evaluator.folder)

@@ -37,6 +37,16 @@ def test_a_narrow_mean_has_the_t_interval():
     assert ends(intervals.mean(values)) == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_signed_mean_has_the_t_interval():
+    values = np.array([-2.0, 0.5, 4.0])
+    estimate = intervals.signed_mean(values)
+    expected = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
+    assert estimate["value"] == values.mean()
+    assert ends(estimate) == pytest.approx(expected)
+    assert ends(intervals.signed_mean(values[:1])) == (None, None)
+    assert ends(intervals.signed_mean(np.zeros(3))) == (0.0, 0.0)
+
+
 def test_a_proportion_of_single_responses_has_wilsons_interval():
     """At one response a problem; the t quantile and the sample variance make it a bit wider."""
     values = np.repeat([1.0, 0.0], [1600, 400])

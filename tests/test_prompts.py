@@ -106,6 +106,12 @@ def test_rejected_problems():
         assert "control token" in prompts.rejection(f"start 1 {token} + 2", longest)
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_without_an_instruction_the_teacher_is_asked_as_the_student(template):
+    prompts = Prompts(TOKENIZER, template=template, instruction="none")
+    assert prompts.teacher(PROBLEM) == prompts.student(PROBLEM)
+
+
 def test_a_sentence_of_the_users_own_is_an_instruction():
     own = "Be brief ."
     assert instruction_text(TEMPLATES["tiny"], own) == own

@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 from hf_reference import NEW_TOKENS, PAD_ID, PROMPT_WIDTH
 
-from opsdc_jax import distill, rollout, sampler, sampling, sharding
+from opsdc_jax import objective, rollout, sampler, sampling, sharding
 from opsdc_jax.config import InputError
 from opsdc_jax.models import decode, qwen3
 from opsdc_jax.sampler import Request, generate
@@ -90,7 +90,7 @@ def test_greedy_decoding_is_that_of_transformers(name, source):
 @functools.partial(jax.jit, static_argnames=("config", "entries"))
 def trainers_logprobs(params, config, batch, entries):
     """Log-probabilities of the response ids by the trainer's own path, [B, R]."""
-    hidden = distill.response_hidden(
+    hidden = objective.response_hidden(
         params,
         config,
         None,

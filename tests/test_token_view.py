@@ -10,7 +10,7 @@ from helpers import SMALL, random_params
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from opsdc_jax import distill, divergences, losses, sharding, token_view
+from opsdc_jax import divergences, losses, objective, sharding, token_view
 from opsdc_jax.models import hf, qwen3
 from opsdc_jax.rollout import Rollout, pair
 from opsdc_jax.tiny import BASE_FOLDER
@@ -64,7 +64,7 @@ def views(chunk=8):
 def hidden():
     """The hidden states that predict the responses, of student and teacher: [3, 12, 32] each."""
     states = jax.jit(
-        lambda params, tokens, prompt: distill.response_hidden(
+        lambda params, tokens, prompt: objective.response_hidden(
             params, SMALL, None, qwen3.embed(params, tokens), prompt, BATCH.lengths_B, 12
         )
     )

@@ -41,6 +41,13 @@ def test_a_run_may_go_on_in_another_layout(tmp_path):
         opened(tmp_path / "run", **{"train.batch_size": 16, "mesh.tensor": 4})
 
 
+def test_micro_batches_are_part_of_a_run_whose_loss_depends_on_them(tmp_path):
+    opened(tmp_path / "run", **{"loss.weights": "micro_batches"}).create()
+    changes = {"loss.weights": "micro_batches", "train.micro_batch_size": 1}
+    with pytest.raises(InputError, match=r"train.micro_batch_size: 4 -> 1"):
+        opened(tmp_path / "run", **changes)
+
+
 @pytest.mark.parametrize("content", ["{}", '{"model": {}}', '{"seed": 0, "model": "x"}'])
 def test_what_is_no_configuration_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_text(content)

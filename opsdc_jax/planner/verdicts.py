@@ -29,6 +29,7 @@ SOURCES = (
     "divergences.py",
     "losses.py",
     "models",
+    "objective.py",
     "planner/hlo.py",
     "planner/memory.py",
     "planner/programs.py",

@@ -52,7 +52,7 @@ def table(benchmark: Mapping[str, Any]) -> str:
                 f"{_with_half(reductions[name], -100, '+')}%" if name in reductions else "",
             ]
         )
-    return _align(rows)
+    return align(rows)
 
 
 def _accuracy(statistics: Mapping[str, Any]) -> Estimate:
@@ -134,10 +134,10 @@ def verdict(benchmark: Mapping[str, Any]) -> str:
     rows = [["claim of the paper", "on this run", "measured"]]
     for claim in found:
         rows.append([claim.text, "holds" if claim.held else "DOES NOT HOLD", claim.figures])
-    return _align(rows)
+    return align(rows)
 
 
-def _align(rows: Sequence[Sequence[str]]) -> str:
+def align(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with columns of equal width."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [

@@ -132,13 +132,14 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if not run.config:
         return []
     config = run.config
-    every = config["teacher"]["every"]
+    every, decay = config["teacher"]["every"], config["teacher"].get("decay", 0)
+    teacher = f"every {every} steps" if every else "frozen"
     return [
         ("Model", config["model"]["path"]),
         ("Problems", config["data"]["source"]),
         ("Instruction", config["prompts"]["instruction"]),
         ("Loss", loss(config)),
-        ("Teacher", f"every {every} steps" if every else "frozen"),
+        ("Teacher", f"{teacher}, keeping {decay:g} of itself" if decay else teacher),
         ("Steps", f"{run.last_step:,} of {config['train']['steps']:,}"),
         ("Rollouts a step", f"{config['train']['batch_size']:,}"),
         ("Learning rate", f"{config['optim']['lr']:g}"),
@@ -153,8 +154,9 @@ def training_note(run: Run) -> str:
     every = run.config["teacher"]["every"]
     if run.refreshes:
         steps = "every step" if every == 1 else f"every {every} steps"
+        moves = "moves towards" if run.config["teacher"].get("decay") else "takes"
         return (
-            f"The teacher takes the student's weights {steps}: the dotted lines, if not too many."
+            f"The teacher {moves} the student's weights {steps}: the dotted lines, if not too many."
         )
     if every:
         return "The teacher has not been refreshed yet: it is the base model."
