@@ -36,6 +36,7 @@ from opsdc_jax.models import hf, qwen3, weights
 from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.prompts import Prompts
 from opsdc_jax.sampler import Sampler, decode_mesh
+from opsdc_jax.tiny import BASE_FOLDERS
 
 # Flag -> the key of the configuration that holds its default and its limits, and its help.
 _FLAGS = {
@@ -136,7 +137,7 @@ def settings_of(args: flags.FlagValues) -> ConfigDict:
     settings.prompts.teacher_thinking = not args["no-thinking"].value
     for flag, (key, _) in _FLAGS.items():
         settings.update_from_flattened_dict({key: args[flag].value})
-    if args.model == "tiny":
+    if args.model in BASE_FOLDERS:
         for flag, key, value in (
             ("template", "prompts.template", "tiny"),
             ("dtype", "model.compute_dtype", "float32"),

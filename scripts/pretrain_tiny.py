@@ -1,8 +1,10 @@
-"""Pretrains the tiny base model anew: python scripts/pretrain_tiny.py --out DIR [--seed 0]
+"""Pretrains a tiny base model anew: python scripts/pretrain_tiny.py --out DIR [--seed 0]
+
+`--world hard` takes the corpus of the world described in docs/tiny_hard.md.
 
 Writes a Hugging Face folder (weights, tokenizer) and recipe.json beside them: the command, the
-recipe, the time it took and what was measured. The folder that ships with the package is
-opsdc_jax/tiny/base; `--config.model.path=DIR` trains on yours.
+recipe, the time it took and what was measured. The folders that ship with the package are
+opsdc_jax/tiny/base and base_hard; `--config.model.path=DIR` trains on yours.
 
 Exit codes: 0 done; 1 an unexpected error (with a traceback); 2 bad input.
 """
@@ -30,8 +32,10 @@ from opsdc_jax.sampler import Sampler, decode_mesh
 from opsdc_jax.sampling import SamplingParams
 from opsdc_jax.statistics import HEADLINE
 from opsdc_jax.tiny import pretrain, task, tokenizer
+from opsdc_jax.tiny.worlds import WORLDS, World
 
-PROMPT_WIDTH, RESPONSE_WIDTH = 40, 160  # tokens, in the measurement
+PROMPT_WIDTH = 40  # tokens, in the measurement
+BUDGET_MARGIN = 8  # tokens of a response beyond the world's longest
 SLOTS = 64  # rows that decode at a time
 REPORT_EVERY = 20  # steps
 
@@ -41,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
     values = flags.FlagValues()
     flags.DEFINE_string("out", None, "folder to write; must not exist yet", flag_values=values)
     flags.DEFINE_integer("seed", 0, "of the weights and the corpus", 0, flag_values=values)
+    flags.DEFINE_enum("world", "default", list(WORLDS), "of the corpus", flag_values=values)
     flags.DEFINE_float("steps_scale", 1.0, "times the recipe's steps", 0.0, flag_values=values)
     flags.DEFINE_integer(
         "samples_per_level", 512, "measured per prompt; 0 = none", 0, flag_values=values
@@ -55,12 +60,15 @@ def main(argv: Sequence[str]) -> int:
     recipe = pretrain.Recipe().scaled(args.steps_scale)
     words = tokenizer.build_tokenizer()
     progress = Progress(recipe.steps)
-    params, config = pretrain.pretrain(words, seed=args.seed, recipe=recipe, report=progress)
+    world = WORLDS[args.world]
+    params, config = pretrain.pretrain(
+        words, seed=args.seed, recipe=recipe, world=world, report=progress
+    )
     record = {
         "command": f"python scripts/pretrain_tiny.py --out=DIR --seed={args.seed} "
-        f"--steps_scale={args.steps_scale:g}",
+        f"--world={args.world} --steps_scale={args.steps_scale:g}",
         "recipe": dataclasses.asdict(recipe),
-        "mix": {name or "plain": share for name, share in pretrain.MIX.items()},
+        "mix": {name or "plain": share for name, share in world.mix.items()},
         "machine": f"{os.cpu_count()} CPU cores, jax {jax.__version__}",
         "minutes": round(progress.elapsed() / 60, 1),
         "loss": progress.losses,
@@ -68,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     pretrain.save(out, params, config, words)
     if args.samples_per_level:
         record["sampling"] = {"temperature": 1.0, "samples_per_level": args.samples_per_level}
-        record["measured"] = measure(params, config, words, args.samples_per_level)
+        record["measured"] = measure(params, config, words, world, args.samples_per_level)
     (out / "recipe.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"wrote {out}")
     return cli.EXIT_DONE
@@ -99,7 +107,7 @@ class Progress:
 
 
 def measure(
-    params: Params, config: Qwen3Config, words: Any, samples_per_level: int
+    params: Params, config: Qwen3Config, words: Any, world: World, samples_per_level: int
 ) -> dict[str, Any]:
     """Accuracy and tokens on held-out problems at temperature 1, by prompt and level."""
     mesh = sharding.make_mesh({"replica": 1, "fsdp": -1, "tensor": 1})
@@ -107,7 +115,7 @@ def measure(
         model=config,
         mesh=decode_mesh(config, mesh, -1),
         prompt_buckets=(PROMPT_WIDTH,),
-        response_width=RESPONSE_WIDTH,
+        response_width=world.max_response_tokens + BUDGET_MARGIN,
         vocab_size=len(words),
         stop_ids=(words.eos_token_id,),
         pad_id=words.pad_token_id,
@@ -115,7 +123,7 @@ def measure(
     )
     examples = data.tiny_evaluation(0, samples_per_level)
     measured = {}
-    for name in pretrain.MIX:
+    for name in world.mix:
         prompts = Prompts(words, template="tiny", instruction=name or "v1")
         render = prompts.teacher if name else prompts.student
         batches = evaluate.responses(

@@ -29,6 +29,7 @@ from opsdc_jax.models import hf, qwen3, weights
 from opsdc_jax.prompts import TEMPLATES, Prompts
 from opsdc_jax.sampler import Sampler, decode_mesh
 from opsdc_jax.sampling import EVAL_STREAM, SamplingParams, sequence_keys
+from opsdc_jax.tiny import BASE_FOLDERS
 
 MAX_PROMPT = 1024  # tokens of a prompt, as a rule: the programs of all such prompts are few
 MAX_TOKENS = 4096  # budget of a response where none is given and the model has the positions
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     folder = hf.resolve_folder(args.model)
     config, tokenizer = hf.load_config(folder, args.dtype), hf.load_tokenizer(folder)
     hf.check_vocabulary(tokenizer, config)
-    template = args.template or ("tiny" if args.model == "tiny" else "plain")
+    template = args.template or ("tiny" if args.model in BASE_FOLDERS else "plain")
     prompts = Prompts(
         tokenizer,
         template=template,

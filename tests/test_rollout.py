@@ -17,7 +17,8 @@ from opsdc_jax.rollout import (
     pair,
     row_widths,
 )
-from opsdc_jax.tiny.task import draw_style, make_problem, write_response
+from opsdc_jax.tiny.task import make_problem, write_response
+from opsdc_jax.tiny.worlds import draw_style
 
 PAD = 99
 

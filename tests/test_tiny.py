@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import zlib
 
 import jax
 import numpy as np
@@ -12,8 +13,9 @@ from helpers import SMALL, load_script
 from opsdc_jax.config import InputError
 from opsdc_jax.models import hf, qwen3, weights
 from opsdc_jax.prompts import TEMPLATES, Prompts
-from opsdc_jax.tiny import BASE_FOLDER, pretrain, task
+from opsdc_jax.tiny import BASE_FOLDERS, pretrain, task
 from opsdc_jax.tiny.tokenizer import build_tokenizer
+from opsdc_jax.tiny.worlds import WORLDS, draw_style
 
 INSTRUCTIONS = [None, *TEMPLATES["tiny"].instructions]
 FACT = re.compile(r"(\d+((?: [-+*] \d+)+)) (?:=|is) (\d+)")
@@ -37,11 +39,13 @@ def some_problems(split: str, count: int = 300, seed: int = 3) -> list[task.Prob
     return [task.make_problem(seed, index, split=split) for index in range(count)]
 
 
-def some_responses(instruction: str | None, count: int = 200) -> list[tuple[task.Problem, str]]:
+def some_responses(
+    instruction: str | None, count: int = 200, world: str = "default"
+) -> list[tuple[task.Problem, str]]:
     pairs = []
     for index, problem in enumerate(some_problems("pretrain", count)):
         rng = np.random.default_rng([7, index])
-        style = task.draw_style(rng, instruction, problem.level)
+        style = draw_style(rng, instruction, problem.level, WORLDS[world])
         pairs.append((problem, task.write_response(problem, style, rng)))
     return pairs
 
@@ -125,8 +129,45 @@ def test_verbosity_adds_tokens_and_merging_saves_them():
     assert words(0.0, 1.0) < words(0.0, 0.0) < words(1.0, 0.0)
 
 
+def test_default_world_stays_what_the_shipped_base_was_trained_on():
+    texts = [text for name in INSTRUCTIONS for _, text in some_responses(name, 50)]
+    assert zlib.crc32("\n".join(texts).encode()) == 3044774938
+
+
+@pytest.mark.parametrize("level", task.LEVELS)
+def test_modes_of_the_hard_world_hardly_overlap(level):
+    def lengths(instruction: str | None) -> list[int]:
+        pairs = some_responses(instruction, 600, "hard")
+        return [len(text.split()) for problem, text in pairs if problem.level == level]
+
+    assert np.quantile(lengths("v1"), 0.9) < np.quantile(lengths(None), 0.05)
+
+
+@pytest.mark.parametrize("instruction", INSTRUCTIONS)
+def test_checks_of_the_hard_world_go_on_until_two_derivations_agree(instruction):
+    seen = set()
+    for problem, response in some_responses(instruction, 400, "hard"):
+        assert response.endswith(f" </think> Answer : {problem.answer}")
+        verdicts = re.findall(r"So (\d+) , now (\d+) \. (Good|No) \.", response)
+        for before, now, verdict in verdicts:
+            assert (verdict == "Good") == (before == now)
+        if verdicts:
+            assert [verdict for *_, verdict in verdicts[:-1]] == ["No"] * (len(verdicts) - 1)
+            assert verdicts[-1][1:] == (problem.answer, "Good")
+        else:
+            assert all(evaluate_chain(a) == int(v) for a, _, v in FACT.findall(response))
+        seen.add(len(verdicts))
+    assert {0, 1} <= seen
+    assert instruction or max(seen) > 1
+
+
 def test_tokenizer_knows_every_word_and_comes_back(tokenizer):
-    texts = [text for name in INSTRUCTIONS for _, text in some_responses(name)]
+    texts = [
+        text
+        for world in WORLDS
+        for name in INSTRUCTIONS
+        for _, text in some_responses(name, world=world)
+    ]
     texts += [problem.text for problem in some_problems("eval")]
     texts += list(TEMPLATES["tiny"].instructions.values())
     for text in texts:
@@ -244,7 +285,7 @@ def test_script_lowers_the_loss_and_writes_a_loadable_folder(tmp_path, monkeypat
     )
     assert code == 0
     record = json.loads((folder / "recipe.json").read_text())
-    assert record["measured"].keys() == {name or "plain" for name in pretrain.MIX}
+    assert record["measured"].keys() == {name or "plain" for name in WORLDS["default"].mix}
     losses = list(record["loss"].values())
     assert losses[-1] < losses[0]
     config = hf.load_config(folder)
@@ -259,17 +300,23 @@ def test_script_refuses_a_folder_it_cannot_write(flags, reason):
         load_script("pretrain_tiny").main(["pretrain_tiny.py", *flags])
 
 
-def test_shipped_base_fits_and_matches(tokenizer):
-    assert sum(file.stat().st_size for file in BASE_FOLDER.iterdir()) <= 4 * 2**20
-    config = hf.load_config(BASE_FOLDER)
+@pytest.mark.parametrize("name", BASE_FOLDERS)
+def test_shipped_base_fits_and_matches(tokenizer, name):
+    folder = BASE_FOLDERS[name]
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 4 * 2**20
+    config = hf.load_config(folder)
     assert config == pretrain.base_config(len(tokenizer))
-    weights.load_params(BASE_FOLDER, config)
-    assert hf.stop_token_ids(BASE_FOLDER, tokenizer) == (tokenizer.eos_token_id,)
-    shipped = hf.load_tokenizer(BASE_FOLDER)
+    weights.load_params(folder, config)
+    assert hf.stop_token_ids(folder, tokenizer) == (tokenizer.eos_token_id,)
+    shipped = hf.load_tokenizer(folder)
     assert shipped.chat_template == tokenizer.chat_template
     assert shipped.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
 
 
-def test_shipped_recipe_is_the_recipe_of_the_code():
-    record = json.loads((BASE_FOLDER / "recipe.json").read_text())
+@pytest.mark.parametrize(("name", "world"), [("tiny", "default"), ("tiny_hard", "hard")])
+def test_shipped_recipe_is_the_recipe_of_the_code(name, world):
+    record = json.loads((BASE_FOLDERS[name] / "recipe.json").read_text())
+    assert record["mix"] == {
+        prompt or "plain": share for prompt, share in WORLDS[world].mix.items()
+    }
     assert record["recipe"] == dataclasses.asdict(pretrain.Recipe())

@@ -50,13 +50,13 @@ def resolve_folder(path: str) -> pathlib.Path:
 
     Args:
       path: a folder; a hub id such as "Qwen/Qwen3-8B" or "Qwen/Qwen3-8B@REVISION", which is
-        downloaded or found in the local cache (HF_HUB_OFFLINE=1 forbids the download); or "tiny",
-        the base model shipped with the package.
+        downloaded or found in the local cache (HF_HUB_OFFLINE=1 forbids the download); or "tiny" or
+        "tiny_hard", the base models shipped with the package.
 
     Raises:
       InputError: neither a folder nor a hub id that can be had.
     """
-    folder = tiny.BASE_FOLDER if path == "tiny" else pathlib.Path(path)
+    folder = tiny.BASE_FOLDERS.get(path) or pathlib.Path(path)
     if path and os.path.isdir(folder):  # which no name upsets, however long
         return folder
     if not _HUB_ID.fullmatch(path):

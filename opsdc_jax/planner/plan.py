@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from opsdc_jax import sampler, sharding
+from opsdc_jax import sampler, sharding, tiny
 from opsdc_jax.config import InputError
 from opsdc_jax.models import hf, qwen3
 from opsdc_jax.models.layers import Qwen3Config
@@ -111,7 +111,7 @@ def architecture(settings: ConfigDict) -> tuple[Qwen3Config, int]:
         )
         return shape, _PUBLISHED_VOCABULARY
     # Only a folder: a plan downloads nothing.
-    if path != "tiny" and not pathlib.Path(path).is_dir():
+    if path not in tiny.BASE_FOLDERS and not pathlib.Path(path).is_dir():
         sizes = ", ".join(name.removeprefix("qwen3_").replace("p", ".").upper() for name in SHAPES)
         raise InputError(
             f"model.path={path!r} is neither a folder nor Qwen/Qwen3-SIZE ({sizes}): to "

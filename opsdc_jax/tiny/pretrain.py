@@ -1,9 +1,9 @@
 """Pretraining of the tiny base model, on two CPU cores in minutes.
 
 The corpus is the task's own: responses under the plain prompt and under every instruction of the
-tiny world, in the proportions of `MIX`. A model of this size learns the styles early and the task
-late, so two kinds of drill run beside the documents: single facts (arithmetic, soon learned) and
-bare chains of operations (keeping track of the chain, the bottleneck). Drills stand outside the
+tiny world, in the proportions of a `World`. A model of this size learns the styles early and the
+task late, so two kinds of drill run beside the documents: single facts (arithmetic, soon learned)
+and bare chains of operations (keeping track of the chain, the bottleneck). Drills stand outside the
 chat format and therefore leave the style of responses alone.
 
 Shapes: B rows, T positions.
@@ -12,7 +12,7 @@ Shapes: B rows, T positions.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -27,19 +27,10 @@ from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.prompts import Prompts
 from opsdc_jax.rollout import Array
 from opsdc_jax.tiny import task
+from opsdc_jax.tiny.worlds import WORLDS, World, draw_style
 
-# Share of each prompt in the corpus; None is the plain one.
-MIX: Mapping[str | None, float] = {
-    None: 0.55,
-    "v1": 0.25,
-    "v2": 0.10,
-    "percent20": 0.03,
-    "percent50": 0.04,
-    "percent80": 0.03,
-}
 # After these and after numbers, the next word is part of a chain of operations or follows from it.
 _CHAIN_WORDS = frozenset({"+", "-", "*", "=", ":", "is", "have"})
-MAX_RESPONSE_TOKENS = 152  # longer ones are drawn again: a budget of 160 cuts next to nothing
 _DOCUMENT_STREAM, _DRILL_STREAM = 10, 11  # of random numbers; those of problems are below 10
 
 
@@ -117,8 +108,15 @@ class Rows(NamedTuple):
 class Corpus:
     """The training rows as a pure function of (seed, step)."""
 
-    def __init__(self, tokenizer: Any, seed: int, recipe: Recipe):
+    def __init__(
+        self,
+        tokenizer: Any,
+        seed: int,
+        recipe: Recipe,
+        world: World = WORLDS["default"],
+    ):
         self._tokenizer = tokenizer
+        self._world = world
         self._seed = seed
         self._recipe = recipe
         inside = [word for word in task.vocabulary() if word.isdigit() or word in _CHAIN_WORDS]
@@ -126,20 +124,22 @@ class Corpus:
         weights[tokenizer.convert_tokens_to_ids(inside)] = recipe.chain_weight
         self._next_token_weights = weights.tolist()
         self._prompts = {
-            name: Prompts(tokenizer, template="tiny", instruction=name or "v1") for name in MIX
+            name: Prompts(tokenizer, template="tiny", instruction=name or "v1")
+            for name in world.mix
         }
 
     def document(self, index: int) -> tuple[list[int], list[int]]:
         """Prompt ids and response ids (EOS included) of document number `index`."""
         rng = np.random.default_rng([self._seed, _DOCUMENT_STREAM, index])
         problem = task.make_problem(self._seed, index, split="pretrain")
-        name = list(MIX)[rng.choice(len(MIX), p=list(MIX.values()))]
+        mix = self._world.mix
+        name = list(mix)[rng.choice(len(mix), p=list(mix.values()))]
         prompts = self._prompts[name]
         prompt = prompts.teacher(problem.text) if name else prompts.student(problem.text)
         while True:
-            style = task.draw_style(rng, name, problem.level)
+            style = draw_style(rng, name, problem.level, self._world)
             response = self._tokenizer.encode(task.write_response(problem, style, rng))
-            if len(response) < MAX_RESPONSE_TOKENS:
+            if len(response) < self._world.max_response_tokens:
                 return prompt, [*response, self._tokenizer.eos_token_id]
 
     def step(self, step: int) -> Iterator[Rows]:
@@ -259,9 +259,10 @@ def pretrain(
     *,
     seed: int,
     recipe: Recipe,
+    world: World = WORLDS["default"],
     report: Callable[[int, jax.Array], None] = lambda step, loss: None,
 ) -> tuple[Params, Qwen3Config]:
-    """Trains the base model from scratch; deterministic in (seed, recipe) on one machine.
+    """Trains the base model from scratch; deterministic in (seed, recipe, world) on one machine.
 
     Args:
       report: called after each step with (steps done, loss of the step in nats, a device array).
@@ -276,7 +277,7 @@ def pretrain(
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 
-    corpus = Corpus(tokenizer, seed, recipe)
+    corpus = Corpus(tokenizer, seed, recipe, world)
     zero = jax.jit(lambda params: (jnp.float32(0), jax.tree.map(jnp.zeros_like, params)))
     for step in range(recipe.steps):
         total = zero(params)

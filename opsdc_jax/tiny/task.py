@@ -3,8 +3,8 @@
 A problem reads `start 33 + 9 - 2 + 3`: apply the operations from left to right, keeping the last
 two digits. A response looks like one of a reasoning model: essential steps (`33 + 9 = 42 .`) among
 fillers (openings, restatements, plans, re-checks), then `</think> Answer : 43`. One latent number
-per response, its verbosity, sets how likely every filler is. An instruction in the prompt shifts
-the distribution of the verbosity but never pins it, so the plain and the concise mode overlap.
+per response, its verbosity, sets how likely every filler is. opsdc_jax/tiny/worlds.py says how an
+instruction in the prompt shifts its distribution.
 
 Everything is a pure function of (seed, index). Words are separated by single spaces.
 """
@@ -115,34 +115,13 @@ class Style:
       verbosity: in [0, 1]; the probability of each filler (scaled, see `write_response`).
       merge: probability that two neighbouring operations are done in one step. Merging saves
         tokens and is what costs accuracy, since the model then computes two results at once.
+      slip: None, or the probability that a derivation which is about to be checked has a wrong
+        step. Then a check is another derivation, and the response goes on until two in a row agree.
     """
 
     verbosity: float
     merge: float
-
-
-# (a, b) of the Beta distribution of the verbosity; the means are a / (a + b).
-_PLAIN_BETA = (5.0, 2.0)
-_INSTRUCTED_BETA: Mapping[str, Mapping[str, tuple[float, float]]] = {
-    "v1": dict.fromkeys(LEVELS, (2.1, 4.3)),
-    "v2": {"easy": (1.8, 5.0), "medium": (2.0, 3.5), "hard": (3.0, 3.0)},
-    "percent20": dict.fromkeys(LEVELS, (4.0, 2.8)),
-    "percent50": dict.fromkeys(LEVELS, (2.2, 3.6)),
-    "percent80": dict.fromkeys(LEVELS, (1.2, 7.0)),
-}
-_PLAIN_MERGE = 0.004
-_INSTRUCTED_MERGE = 0.015
-
-
-def draw_style(rng: np.random.Generator, instruction: str | None, level: str) -> Style:
-    """Style of one response under an instruction (a name of the tiny prompts; None is plain).
-
-    Raises:
-      KeyError: unknown instruction or level.
-    """
-    if instruction is None:
-        return Style(rng.beta(*_PLAIN_BETA), _PLAIN_MERGE)
-    return Style(rng.beta(*_INSTRUCTED_BETA[instruction][level]), _INSTRUCTED_MERGE)
+    slip: float | None = None
 
 
 # Fillers. {a} {op} {b} {v} stand for a step, {chain} and {steps} for the whole problem.
@@ -171,6 +150,9 @@ _RECHECKS = (
     "Hmm , is {v} right ? Well , {a} {op} {b} is {v} , so yes .",
     "Wait a moment , did I miss a step ? No , the value is {v} .",
 )
+# Of a check that is a derivation: the value before and the new one stand side by side.
+_CHECK = "Let me check : {steps} So {before} , now {v} ."
+_AGREE, _DISAGREE = "Good .", "No . Let me start again ."
 _STEP = "{a} {op} {b} = {v} ."
 _MERGED_STEP = "{a} {op} {b} {op2} {b2} = {v} ."
 _RESPONSE = "<think> {thoughts} </think> Answer : {v}"
@@ -179,15 +161,18 @@ _REMARK_SCALE = 0.4
 _FIRST_RECHECK_SCALE = 0.9
 _NEXT_RECHECK_SCALE = 0.75
 _MAX_RECHECKS = 3
+_MAX_SLIPS = 2
 
 
 def write_response(problem: Problem, style: Style, rng: np.random.Generator) -> str:
-    """A correct response to a problem, without the end-of-sequence token.
+    """A response with the right answer to a problem, without the end-of-sequence token.
 
     With r the verbosity: opening, restatement and plan each appear with probability r, a remark
     follows each step with probability 0.4 r, and a loop of at most 3 re-checks starts with
     probability 0.9 r and goes on with 0.75 r. Every re-check is correct, so whatever a trained
     model gets wrong is its own doing, and a longer trace is more opportunities for that.
+
+    With slips, the response is checked with probability r: see `_checked_derivations`.
     """
     r = style.verbosity
     thoughts = []
@@ -197,6 +182,12 @@ def write_response(problem: Problem, style: Style, rng: np.random.Generator) -> 
         thoughts.append(_restatement(problem, rng))
     if rng.random() < r:
         thoughts.append(_pick(rng, _PLANS))
+    if style.slip is not None:
+        if rng.random() < r:
+            thoughts += _checked_derivations(problem, style, style.slip, rng)
+        else:
+            thoughts += _steps(problem, style, rng)
+        return _RESPONSE.format(thoughts=" ".join(thoughts), v=problem.answer)
     thoughts += _steps(problem, style, rng)
     if rng.random() < _FIRST_RECHECK_SCALE * r:
         thoughts.append(_recheck(problem, rng))
@@ -205,6 +196,45 @@ def write_response(problem: Problem, style: Style, rng: np.random.Generator) -> 
                 break
             thoughts.append(_recheck(problem, rng))
     return _RESPONSE.format(thoughts=" ".join(thoughts), v=problem.answer)
+
+
+def _checked_derivations(
+    problem: Problem, style: Style, slip: float, rng: np.random.Generator
+) -> list[str]:
+    """Derivations of the answer until two in a row agree; at most two of them slip.
+
+    After a disagreement the next derivation starts anew, with remarks, and is checked again.
+    """
+    thoughts: list[str] = []
+    before, slips = None, 0
+    bare = Style(0.0, style.merge)
+    while True:
+        values = problem.values
+        if slips < _MAX_SLIPS and rng.random() < slip:
+            slips += 1
+            values = _slipped(problem, {problem.values[-1], before}, rng)
+        if before is None:
+            thoughts += _steps(problem, style, rng, values)
+            before = values[-1]
+            continue
+        steps = " ".join(_steps(problem, bare, rng, values))
+        thoughts.append(_CHECK.format(steps=steps, before=before, v=values[-1]))
+        if values[-1] == before:
+            return [*thoughts, _AGREE]
+        thoughts.append(_DISAGREE)
+        before = None
+
+
+def _slipped(problem: Problem, avoid: set[int | None], rng: np.random.Generator) -> tuple[int, ...]:
+    """The running values with one step gone wrong, so that the last is none of `avoid`."""
+    while True:
+        wrong = int(rng.integers(len(problem.operations)))
+        values = list(problem.values[: wrong + 1])
+        values.append(int(rng.integers(MODULUS)))
+        for operator, operand in problem.operations[wrong + 1 :]:
+            values.append(apply(operator, values[-1], operand))
+        if values[-1] not in avoid:
+            return tuple(values)
 
 
 def _pick(rng: np.random.Generator, phrases: tuple[str, ...]) -> str:
@@ -217,32 +247,39 @@ def _restatement(problem: Problem, rng: np.random.Generator) -> str:
     return _pick(rng, _RESTATEMENTS).format(start=problem.start, steps=steps, chain=chain)
 
 
-def _fields(problem: Problem, step: int) -> dict[str, int | str]:
-    """Words of operation number `step` (from 0): a op b = v."""
+def _fields(
+    problem: Problem, step: int, values: tuple[int, ...] | None = None
+) -> dict[str, int | str]:
+    """Words of operation number `step` (from 0): a op b = v; `values` as in `_steps`."""
     operator, operand = problem.operations[step]
-    return {
-        "a": problem.values[step],
-        "op": operator,
-        "b": operand,
-        "v": problem.values[step + 1],
-    }
+    values = values or problem.values
+    return {"a": values[step], "op": operator, "b": operand, "v": values[step + 1]}
 
 
-def _steps(problem: Problem, style: Style, rng: np.random.Generator) -> list[str]:
-    """The essential steps, some merged in pairs, some followed by a remark."""
+def _steps(
+    problem: Problem,
+    style: Style,
+    rng: np.random.Generator,
+    values: tuple[int, ...] | None = None,
+) -> list[str]:
+    """The essential steps, some merged in pairs, some followed by a remark.
+
+    Args:
+      values: the running values, if not the right ones.
+    """
     thoughts = []
     step = 0
     while step < len(problem.operations):
         if step + 1 < len(problem.operations) and rng.random() < style.merge:
-            second = _fields(problem, step + 1)
-            fields = _fields(problem, step) | {"op2": second["op"], "b2": second["b"]}
+            second = _fields(problem, step + 1, values)
+            fields = _fields(problem, step, values) | {"op2": second["op"], "b2": second["b"]}
             thoughts.append(_MERGED_STEP.format(**fields | {"v": second["v"]}))
             step += 2
         else:
-            thoughts.append(_STEP.format(**_fields(problem, step)))
+            thoughts.append(_STEP.format(**_fields(problem, step, values)))
             step += 1
         if rng.random() < _REMARK_SCALE * style.verbosity:
-            thoughts.append(_pick(rng, _REMARKS).format(**_fields(problem, step - 1)))
+            thoughts.append(_pick(rng, _REMARKS).format(**_fields(problem, step - 1, values)))
     return thoughts
 
 
