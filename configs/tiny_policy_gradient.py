@@ -7,8 +7,8 @@ on one response a problem as everywhere here. All else is as in configs/tiny.py.
 Command:   python scripts/train.py --config configs/tiny_policy_gradient.py --workdir runs/tiny_pg
 Hardware:  2 CPU cores, 3 GiB of memory.
 Time:      as configs/tiny.py, at most 5 minutes.
-Expected:  right and short answers, 66.5 ± 0.8% fewer tokens at 96.3 ± 2.4%, at the price of entropy,
-           which falls to 26% (docs/reproduction.md) and whose guard only warns here.
+Expected:  right and short answers, 66.5 ± 0.8% fewer tokens at 96.3 ± 2.4%, at the price of
+           entropy, which falls to 26% (docs/reproduction.md) and whose guard only warns here.
 """
 
 import pathlib
