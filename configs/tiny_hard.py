@@ -7,8 +7,8 @@ frozen here, and steps are smaller. All else is as in configs/tiny.py.
 Command:   python scripts/train.py --config configs/tiny_hard.py --workdir runs/tiny_hard
 Hardware:  2 CPU cores, 3 GiB of memory.
 Time:      at most 5 minutes.
-Expected:  59.3% at 32 tokens after 80 steps, 54.7% at 34 after 120, good to +- 2.5 points. The base:
-           65.2% at 125 tokens, under the instruction 54.6% at 37 (docs/tiny_hard.md).
+Expected:  59.3% at 32 tokens after 80 steps, 54.7% at 34 after 120, good to +- 2.5 points. The
+           base: 65.2% at 125 tokens, under the instruction 54.6% at 37 (docs/tiny_hard.md).
 """
 
 import pathlib
