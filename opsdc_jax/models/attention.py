@@ -125,23 +125,14 @@ def _dense_forward(
     total = jnp.sum(weights, axis=-1, keepdims=True)
     out = _dot("bnqs,bnsk->bnqk", weights.astype(values.dtype), values) / total
     out = checkpoint_name(out.astype(query.dtype), RESIDUALS)
-    logsumexp = checkpoint_name(highest + jnp.log(total), RESIDUALS)
+    logsumexp = checkpoint_name((highest + jnp.log(total))[..., 0], RESIDUALS)
     return out, (query, keys, values, visible, out, logsumexp)
 
 
 def _dense_backward(residuals: tuple[jax.Array, ...], out_bar: jax.Array) -> tuple:
     query, keys, values, visible, out, logsumexp = residuals
-    scores = jnp.where(visible, _dot("bnqk,bnsk->bnqs", query, keys), MASKED)
-    weights = jnp.exp(scores - logsumexp)
-    weights_bar = _dot("bnqk,bnsk->bnqs", out_bar, values)
-    inner = jnp.sum(out.astype(jnp.float32) * out_bar.astype(jnp.float32), axis=-1, keepdims=True)
-    scores_bar = (weights * (weights_bar - inner)).astype(query.dtype)
-    parts = (
-        _dot("bnqs,bnsk->bnqk", scores_bar, keys),
-        _dot("bnqs,bnqk->bnsk", scores_bar, query),
-        _dot("bnqs,bnqk->bnsk", weights.astype(values.dtype), out_bar),
-    )
-    return *(part.astype(query.dtype) for part in parts), None
+    bars = _gradients(query, keys, values, visible, logsumexp, out_bar, _inner(out, out_bar))
+    return *(bar.astype(query.dtype) for bar in bars), None
 
 
 _dense.defvjp(_dense_forward, _dense_backward)
@@ -223,21 +214,16 @@ def _blockwise_forward(
 
 def _blockwise_backward(residuals: tuple[jax.Array, ...], out_bar: jax.Array) -> tuple:
     query, keys, values, valid, out, logsumexp = residuals
-    inner = jnp.sum(out.astype(jnp.float32) * out_bar.astype(jnp.float32), axis=-1)
+    inner = _inner(out, out_bar)
 
     def add(carry: tuple, pair: jax.Array) -> tuple[tuple, None]:
         """Adds what query block i and key block j give to each other's gradients."""
         i, j = pair
         query_bar, keys_bar, values_bar = carry
-        scores = _dot("bnqk,bnsk->bnqs", query[i], keys[j]) - logsumexp[i][..., None]
         visible = _visible(valid[j], i, j, query.shape[3])
-        weights = jnp.exp(jnp.where(visible, scores, MASKED))
-        weights_bar = _dot("bnqk,bnsk->bnqs", out_bar[i], values[j])
-        scores_bar = (weights * (weights_bar - inner[i][..., None])).astype(query.dtype)
-        weights = weights.astype(values.dtype)
-        query_part = _dot("bnqs,bnsk->bnqk", scores_bar, keys[j])
-        keys_part = _dot("bnqs,bnqk->bnsk", scores_bar, query[i])
-        values_part = _dot("bnqs,bnqk->bnsk", weights, out_bar[i])
+        query_part, keys_part, values_part = _gradients(
+            query[i], keys[j], values[j], visible, logsumexp[i], out_bar[i], inner[i]
+        )
         return (
             _put(query_bar, query_bar[i] + query_part, i),
             _put(keys_bar, keys_bar[j] + keys_part, j),
@@ -250,6 +236,40 @@ def _blockwise_backward(residuals: tuple[jax.Array, ...], out_bar: jax.Array) ->
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+
+
+def _inner(out: jax.Array, out_bar: jax.Array) -> jax.Array:
+    """Inner products of outputs and their gradients, [..., queries]."""
+    return jnp.sum(out.astype(jnp.float32) * out_bar.astype(jnp.float32), axis=-1)
+
+
+def _gradients(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    visible: jax.Array,
+    logsumexp: jax.Array,
+    out_bar: jax.Array,
+    inner: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What some queries and some keys give to each other's gradients; scores are formed again.
+
+    Args:
+      query, out_bar: [B, N, Q, K]; keys, values: [B, N, S, K]; visible: broadcasts to [B, N, Q, S].
+      logsumexp, inner: of the queries over all keys, [B, N, Q].
+
+    Returns:
+      Gradients of query, keys and values, float32.
+    """
+    scores = _dot("bnqk,bnsk->bnqs", query, keys) - logsumexp[..., None]
+    weights = jnp.exp(jnp.where(visible, scores, MASKED))
+    weights_bar = _dot("bnqk,bnsk->bnqs", out_bar, values)
+    scores_bar = (weights * (weights_bar - inner[..., None])).astype(query.dtype)
+    return (
+        _dot("bnqs,bnsk->bnqk", scores_bar, keys),
+        _dot("bnqs,bnqk->bnsk", scores_bar, query),
+        _dot("bnqs,bnqk->bnsk", weights.astype(values.dtype), out_bar),
+    )
 
 
 def _pairs(query: jax.Array) -> jax.Array:
