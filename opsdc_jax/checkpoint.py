@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from opsdc_jax import distributed, manifest, sharding
+from opsdc_jax import distributed, manifest, processes, sharding
 from opsdc_jax.config import InputError, differing_keys
 from opsdc_jax.distill import TrainState
 from opsdc_jax.files import read_json, writing
@@ -267,11 +267,10 @@ def recover(folder: pathlib.Path) -> int:
 
 def _made_by() -> dict[str, Any]:
     """The versions and devices that decide how sums are rounded, for a checkpoint's manifest."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")}
     return {
         **versions,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
-        "cpu_threads": threads,
+        "cpu_threads": processes.cores(),
     }

@@ -1,9 +1,10 @@
 """Estimates with 95% intervals over problems: what is drawn at random is the problem.
 
-Responses to one problem resemble each other, so the problem is the unit: every function takes one
-number a problem. All intervals are t intervals in closed form. They cover the truth as often as the
-percentile bootstrap over problems does, and more often than BCa; on accuracies of few problems more
-often than both: scripts/bench_intervals.py shows it, for these very functions.
+Responses to one problem resemble each other, so the problem is the unit: functions take one number
+a problem (but `signed_mean`, one a training run). All intervals are t intervals in closed form.
+They cover the truth as often as the percentile bootstrap over problems does, and more often than
+BCa; on accuracies of few problems more often than both: scripts/bench_intervals.py shows it, for
+these very functions.
 
 Shape: P problems.
 """

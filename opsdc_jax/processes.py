@@ -5,13 +5,22 @@ import pathlib
 import subprocess
 from collections.abc import Sequence
 
+_CAN_CHOOSE = hasattr(os, "sched_getaffinity")  # as on Linux
 
-def shares(count: int) -> list[set[int]]:
+
+def cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if _CAN_CHOOSE else os.cpu_count() or 1
+
+
+def shares(count: int) -> list[set[int] | None]:
     """The processors that this process may use, in `count` shares of equal size.
 
     Equal, since the number of threads decides how sums are split, and so the last bits of results.
-    Of too few processors some are in several shares.
+    Of too few processors some are in several shares. None where the system lets nobody choose.
     """
+    if not _CAN_CHOOSE:
+        return [None] * count
     ours = sorted(os.sched_getaffinity(0))
     size = max(1, len(ours) // count)
     return [

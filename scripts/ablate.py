@@ -11,11 +11,11 @@ guards only warn, nothing is evaluated on the way, and there are no token views.
 
 A finished run is used again, an interrupted one continued by the same command; a folder that holds
 a run of another configuration is refused. A variant that stands in several suites is run once, and
-the base model's responses are sampled once a seed. --jobs runs so many at a time, each on an equal
-share of the processors: another number of threads rounds otherwise, so its results differ in their
-last bits, and after many steps in what is sampled, as another seed's would, but not on average. On
-an accelerator leave it at 1. Every run keeps its newest two checkpoints
-(--config.checkpoint.keep=1: one).
+a run takes the base model's responses over from one of its seed that has them. --jobs runs so many
+at a time, each on an equal share of the processors: another number of threads rounds otherwise, so
+its results differ in their last bits, and after many steps in what is sampled, as another seed's
+would, but not on average. On an accelerator leave it at 1. Every run keeps its newest two
+checkpoints (--config.checkpoint.keep=1: one).
 
 Each suite writes OUT/SUITE/: results.json (all measures), table.md and plot.svg, and prints its
 table and a verdict for each claim of the paper, by rules that were written before any run
@@ -59,13 +59,15 @@ def main(argv: Sequence[str]) -> int:
     variants = [variant.overrides for suite in chosen.values() for variant in suite.variants]
     wanted = runs.planned(base, variants, args.seeds, out / "runs")
     if args.doc:
-        put(pathlib.Path(args.doc), "rules", text.rules())
+        filled(args.doc, dict.fromkeys(chosen, ""))  # or it fails before the runs
+        put(args.doc, {"rules": text.rules()})
     missing = sum(not run.finished for run in wanted)
     print(f"{len(wanted)} runs, of which {missing} are to be made", flush=True)
     with writing(out):
         (out / "runs").mkdir(parents=True, exist_ok=True)
     train = [sys.executable, str(ROOT / "scripts" / "train.py")]
-    train += ["--config", cli.config_path(argv) or TINY]
+    path = cli.config_path(argv)
+    train += ["--config", path or TINY]
     failed: list[str] = []
     record = out / "runs.jsonl"
     on_sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -83,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
         signal.signal(signal.SIGTERM, on_sigterm)
 
     measured = measure(wanted, record)
-    ours = [argument for argument in argv[1:] if argument.startswith("--config")]
+    ours = [*(["--config", path] if path else []), *runs.overrides(file, args.config)]
     command = shlex.join(["python", "scripts/ablate.py", *ours])
     for name, suite in chosen.items():
         show(name, suite, base, measured, args, command)
@@ -162,7 +164,7 @@ def show(
         plot(suite, of_suite, folder / "plot.svg")
     write_json(folder / "results.json", as_json(suite, names, of_suite, judged))
     if args.doc:
-        put(pathlib.Path(args.doc), name, shown)
+        put(args.doc, {name: shown})
 
 
 def as_json(
@@ -229,19 +231,30 @@ def plot(suite: Suite, found: Runs, path: pathlib.Path) -> None:
     pyplot.close(figure)
 
 
-def put(path: pathlib.Path, name: str, block: str) -> None:
-    """Replaces a block of a document.
+def filled(path: str, blocks: Mapping[str, str]) -> str:
+    """A document's text with blocks of it replaced.
 
     Raises:
-      InputError: it cannot be read or written, or has no such block.
+      InputError: it cannot be read, or lacks one of the blocks.
     """
     try:
-        document = path.read_text(encoding="utf-8")
-        changed = text.replace_block(document, name, block)
+        document = pathlib.Path(path).read_text(encoding="utf-8")
+        for name, block in blocks.items():
+            document = text.replace_block(document, name, block)
     except (OSError, ValueError) as error:
         raise InputError(f"--doc={path} cannot be filled in: {error}") from None
+    return document
+
+
+def put(path: str, blocks: Mapping[str, str]) -> None:
+    """Replaces blocks of a document.
+
+    Raises:
+      InputError: as in `filled`, or it cannot be written.
+    """
+    document = filled(path, blocks)
     with writing(path):
-        path.write_text(changed, encoding="utf-8")
+        pathlib.Path(path).write_text(document, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Ablations: suites, rules on made-up results, and the command with a trainer that pretends."""
 
 import json
-import math
 import re
 import signal
 import sys
@@ -87,7 +86,6 @@ def test_differences_are_taken_within_the_seed():
         ({"a": variant(60, 61)}, 3, "runs are missing"),
         ({}, 3, "runs are missing"),
         ({"a": variant(1, 2, 3, measure="tokens")}, 3, "there is no such measure"),
-        ({"a": variant(1, 2, math.nan)}, 3, "not a number"),
     ],
 )
 def test_without_all_numbers_there_is_no_verdict(found, seeds, reason):
@@ -121,15 +119,13 @@ def test_claims_are_about_variants_and_measures_that_there_are():
             sides += [quantity.minus] if quantity.minus else []
             assert {measure for measure, _ in sides} <= set(measures.LABELS)
             assert {name for _, name in sides} <= variants
-            assert quantity.below <= quantity.lower < quantity.upper <= quantity.above or (
-                math.isinf(quantity.below) or math.isinf(quantity.above)
-            )
+            assert quantity.below <= quantity.lower < quantity.upper <= quantity.above
 
 
 @pytest.mark.parametrize("name", ["tiny", "qwen3_8b"])
 def test_overrides_are_of_keys_that_there_are(name):
     settings = load_config(name)
-    for suite in suites.suites(settings).values():
+    for suite in suites.chosen(",".join(suites.suites(settings)), settings).values():
         assert len({variant.name for variant in suite.variants}) == len(suite.variants)
         for variant in suite.variants:
             config.validate(suites.applied(settings, variant.overrides))
@@ -194,8 +190,15 @@ def test_train_gets_the_settings_of_the_variant(tmp_path):
     assert flatten(cli.parse(values, argv[:-2]).config) == flatten(run.settings)
     assert argv[-2:] == ["--workdir", str(run.folder)]
     assert not any("eval.reuse" in argument for argument in argv)
-    (tmp_path / "default-seed0" / "eval").mkdir(parents=True)
-    assert f"--config.eval.reuse={tmp_path / 'default-seed0'}" in run.arguments(TINY)
+
+
+def test_responses_of_the_base_are_taken_over_from_a_run_of_the_same_seed(tmp_path):
+    variants = [{"loss.divergence": "jsd"}, {"teacher.every": 0}]
+    jsd, _, frozen, _ = runs.planned(base(), variants, 2, tmp_path)
+    for name in ("loss.divergence=jsd-seed1", "teacher.every=0-seed0", "teacher.every=0-seed10"):
+        (tmp_path / name / "eval").mkdir(parents=True)
+    assert f"--config.eval.reuse={frozen.folder}" in jsd.arguments(TINY)
+    assert not any("eval.reuse" in argument for argument in frozen.arguments(TINY))
 
 
 # Pretends to train: writes what a finished run holds. One run of the seed 1 fails if it is told to.
@@ -330,6 +333,7 @@ def test_after_a_failed_run_the_others_go_on(pretend, tmp_path, capsys):
         (["--suite=method", "--config.eval.source=math500,aime24"], "must be one benchmark"),
         (["--suite=method", "--seeds=0"], "seeds"),
         (["--suite=method", "--doc=nowhere.md"], "--doc=nowhere.md cannot be filled in"),
+        (["--suite=teacher", "--config.teacher.every=0"], "'M = 1' and 'M / 5' are one run"),
         (["--suite=method", "--config.train.steps=0"], "train.steps=0 must be positive"),
     ],
 )
@@ -338,6 +342,47 @@ def test_bad_input_is_refused_before_anything_runs(pretend, tmp_path, capsys, ar
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "scripts" / "started").exists()
+
+
+def test_a_document_without_a_suites_block_is_refused_before_anything_runs(
+    pretend, tmp_path, capsys
+):
+    document = tmp_path / "doc.md"
+    document.write_text("<!-- rules -->\n<!-- end of rules -->\n<!-- lr -->\n<!-- end of lr -->\n")
+    before = document.read_text()
+    assert pretend("--suite=lr,method", "--doc", str(document)) == cli.EXIT_BAD_INPUT
+    assert "the document holds 0 blocks 'method'" in capsys.readouterr().err
+    assert document.read_text() == before
+    assert not (tmp_path / "scripts" / "started").exists()
+
+
+def test_what_is_no_number_is_left_out(pretend, tmp_path, capsys):
+    """A base that solves nothing has no share to keep, a step without entropy no course of it."""
+    assert pretend("--suite=method", "--seeds=2") == cli.EXIT_DONE
+    for folder in (tmp_path / "out" / "runs").glob("default-seed?"):
+        summary = json.loads((folder / "eval" / "summary.json").read_text())
+        base_scores = summary["benchmarks"]["tiny"]["systems"]["base"]["overall"]["scores"]
+        base_scores["committed"]["value"] = 0.0
+        (folder / "eval" / "summary.json").write_text(json.dumps(summary))
+        metrics = (folder / "metrics.jsonl").read_text().replace("0.49", "null")
+        (folder / "metrics.jsonl").write_text(metrics)
+    capsys.readouterr()
+    assert pretend("--suite=method", "--seeds=2") == cli.EXIT_DONE
+    results = json.loads(
+        (tmp_path / "out" / "method" / "results.json").read_text(), parse_constant=pytest.fail
+    )
+    (found, _) = results["variants"]["default"]["seeds"].values()
+    assert "accuracy" in found
+    assert not {"kept", "entropy"} & set(found)
+    assert "(there is no such measure): The student's entropy" in capsys.readouterr().out
+
+
+def test_the_command_that_is_told_names_configuration_and_overrides(pretend, capsys):
+    path = str(ROOT / "configs" / "tiny_hard.py")
+    arguments = ["--config", path, "--config.train.steps", "20", "--suite", "method"]
+    assert pretend(*arguments, "--seeds=2") == cli.EXIT_DONE
+    told = f"`python scripts/ablate.py --config {path} --config.train.steps=20 --suite method"
+    assert told in capsys.readouterr().out
 
 
 def test_left_early_the_runs_under_way_are_stopped(tmp_path, monkeypatch):
@@ -366,6 +411,9 @@ def test_processors_are_shared_evenly(monkeypatch):
     assert processes.shares(2) == [{3, 5}, {6, 7}]
     monkeypatch.setattr(processes.os, "sched_getaffinity", lambda _: {4})
     assert processes.shares(2) == [{4}, {4}]
+    monkeypatch.setattr(processes, "_CAN_CHOOSE", False)
+    assert processes.shares(2) == [None, None]
+    assert processes.cores() >= 1
 
 
 def test_the_document_holds_these_rules():

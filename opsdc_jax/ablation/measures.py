@@ -3,6 +3,7 @@
 All shares and reductions are in percent, all differences of them in points.
 """
 
+import math
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -40,12 +41,12 @@ LABELS: Mapping[str, Label] = {
         for group in ("easiest", "middle", "hardest")
     },
 }
-"""The measures that claims are about."""
+"""The measures that claims may be about."""
 
 ENDS = 5  # steps of either end of a run over which the entropy is averaged
 
 Measures = dict[str, float]
-"""Of one run: those of `LABELS` that there are, and more: see `of_run`."""
+"""Of one run: those of `LABELS` that there are and are finite, and more: see `of_run`."""
 
 
 def of_run(workdir: Workdir) -> Measures:
@@ -69,7 +70,7 @@ def of_run(workdir: Workdir) -> Measures:
         "tokens": tokens,
         "compression": 100 * (1 - tokens / before),
         "gain": accuracy - base,
-        "kept": 100 * accuracy / base if base else float("nan"),
+        "kept": 100 * accuracy / base if base else math.nan,
         "prompt_accuracy": prompt,
         "prompt_compression": 100 * (1 - concise / before),
         "prompt_gain": accuracy - prompt,
@@ -89,7 +90,7 @@ def of_run(workdir: Workdir) -> Measures:
         for group, index in ranks.items():
             for measure in ("accuracy", "compression"):
                 measures[f"{measure}_{group}"] = measures[f"{measure}:{levels[index]}"]
-    return measures
+    return {name: value for name, value in measures.items() if math.isfinite(value)}
 
 
 def _figures(statistics: Mapping[str, Any]) -> tuple[float, float]:
@@ -101,7 +102,7 @@ def _entropy(path: pathlib.Path) -> float:
     """The student's entropy at the run's end over that at its start, in percent."""
     values = [row["student_entropy"] for row in read_metrics(path)]
     start = float(np.mean(values[:ENDS]))
-    return 100 * float(np.mean(values[-ENDS:])) / start if start else float("nan")
+    return 100 * float(np.mean(values[-ENDS:])) / start if start else math.nan
 
 
 def over_seeds(runs: Sequence[Measures]) -> dict[str, Estimate]:
@@ -109,11 +110,7 @@ def over_seeds(runs: Sequence[Measures]) -> dict[str, Estimate]:
     if not runs:
         return {}
     shared = [name for name in runs[0] if all(name in run for run in runs)]
-    return {name: _estimate(run[name] for run in runs) for name in shared}
-
-
-def _estimate(values: Iterable[float]) -> Estimate:
-    return intervals.signed_mean(np.array(list(values)))
+    return {name: intervals.signed_mean(np.array([run[name] for run in runs])) for name in shared}
 
 
 def levels(runs: Iterable[Measures]) -> list[str]:

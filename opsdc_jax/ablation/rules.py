@@ -248,8 +248,6 @@ def judge(quantity: Quantity, runs: Runs, seeds: int) -> Judged:
         return Judged(quantity, None, NO_VERDICT, "there is no such measure")
     estimate = intervals.signed_mean(np.array(values))
     low, high = estimate["low"], estimate["high"]
-    if not math.isfinite(estimate["value"]):
-        return Judged(quantity, estimate, NO_VERDICT, "not a number")
     if low is None or high is None:
         return Judged(quantity, estimate, NO_VERDICT, "one seed")
     if quantity.lower < low and high < quantity.upper:

@@ -48,13 +48,18 @@ class Run:
         Args:
           file: what the configuration file configures; the rest are overrides.
         """
-        known, ours = config.flatten(file), config.flatten(self.settings)
-        default = self.folder.with_name(f"{DEFAULT}-seed{self.seed}")
-        # Whose responses of the base model are the same.
-        if self.name != DEFAULT and (default / "eval").is_dir():
-            ours["eval.reuse"] = str(default)
-        changed = [f"--config.{key}={ours[key]}" for key in ours if ours[key] != known[key]]
+        of_seed = sorted(self.folder.parent.glob(f"*-seed{self.seed}/eval"))
+        # Responses of the base model are the same in all of them.
+        others = [folder.parent for folder in of_seed if folder.parent != self.folder]
+        reuse = {"eval.reuse": str(others[0])} if others else {}
+        changed = overrides(file, applied(self.settings, reuse))
         return [*changed, "--workdir", str(self.folder)]
+
+
+def overrides(file: ConfigDict, settings: ConfigDict) -> list[str]:
+    """Arguments that make these settings of what a configuration file configures."""
+    known, ours = config.flatten(file), config.flatten(settings)
+    return [f"--config.{key}={ours[key]}" for key in ours if ours[key] != known[key]]
 
 
 def planned(
@@ -97,7 +102,7 @@ def run_all(
       (run, exit code, seconds).
     """
     waiting = [run for run in runs if not run.finished]
-    free: list[set[int] | None] = [None] if jobs == 1 else [*processes.shares(jobs)]
+    free = processes.shares(jobs)
     active: list[tuple[Run, subprocess.Popen, set[int] | None, float]] = []
     try:
         while waiting or active:

@@ -65,10 +65,8 @@ def suites(base: ConfigDict) -> dict[str, Suite]:
         "instruction": Suite(
             "Which instruction does the teacher get?",
             [
-                *(
-                    Variant(name, {"prompts.instruction": name})
-                    for name in ("v1", "v2", "percent20", "percent50", "percent80", "none")
-                )
+                Variant(name, {"prompts.instruction": name})
+                for name in ("v1", "v2", "percent20", "percent50", "percent80", "none")
             ],
         ),
         "rollout": Suite(
@@ -138,14 +136,27 @@ def chosen(names: str, base: ConfigDict) -> dict[str, Suite]:
     """The suites that `--suite` names, separated by commas.
 
     Raises:
-      InputError: one is unknown.
+      InputError: one is unknown, or compares a run with itself.
     """
     known = suites(base)
     wanted = [name.strip() for name in names.split(",")]
     for name in wanted:
         if name not in known:
             raise InputError(f"--suite={name} is not one of {', '.join(known)}")
+        _check_distinct(name, known[name], base)
     return {name: known[name] for name in wanted}
+
+
+def _check_distinct(name: str, suite: Suite, base: ConfigDict) -> None:
+    names: dict[str, str] = {}
+    for variant in suite.variants:
+        other = names.setdefault(run_name(base, variant.overrides), variant.name)
+        if other != variant.name:
+            values = ", ".join(f"{key}={flatten(base)[key]}" for key in variant.overrides)
+            raise InputError(
+                f"--suite={name}: {other!r} and {variant.name!r} are one run with {values}; set "
+                "another value"
+            )
 
 
 def changes(base: ConfigDict, overrides: Overrides) -> dict[str, Any]:

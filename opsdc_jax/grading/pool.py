@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from opsdc_jax import processes
 from opsdc_jax.grading.equivalence import Undecided, equivalent
 from opsdc_jax.grading.extract import extract
 from opsdc_jax.grading.scores import distinct, scores
@@ -79,18 +80,13 @@ def grade_many(
         if undecided:
             jobs.append(_Job(gold, tuple(undecided)))
     jobs = list(dict.fromkeys(jobs))
-    lost = _run(jobs, known, workers or _cores(), seconds) if jobs else set()
+    lost = _run(jobs, known, workers or processes.cores(), seconds) if jobs else set()
     grades = []
     for answers, gold, truncated in extracted:
         right = {answer for answer in distinct(answers) if known[answer, gold]}
         given_up = any((answer, gold) in lost for answer in distinct(answers))
         grades.append(Grade(scores(answers, right, truncated), given_up))
     return grades
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _quickly(answer: str, gold: str) -> bool | None:

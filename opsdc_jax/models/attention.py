@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from opsdc_jax import sharding
 
 MASKED = -1e30  # finite, so that a row with no visible key gives no NaN
-RESIDUALS = "attention"  # name of what the backward pass of `blockwise` and `splash` needs
+RESIDUALS = "attention"  # name of outputs and log-sum-exps that backward passes need
 BLOCK = 256  # positions of a block; scores of [C, C] exist at a time
 BLOCKWISE_FROM = 512  # positions from which `blockwise` is the faster one on a CPU
 

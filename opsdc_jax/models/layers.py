@@ -31,8 +31,8 @@ class Qwen3Config:
       remat: what the backward pass computes again. "none": nothing. "full": each layer, from its
         input, D numbers a token. "attention": the same but for attention itself, whose output and
         log-sum-exp are kept, H (K + 1) numbers a token and layer more; it is "full" where attention
-        is "dense" or "cudnn". "dots": norms, rotary embeddings and activation functions only; every
-        product with a weight is kept too, (2 H + 2 N) K + 2 D + 2 F numbers or so.
+        is "cudnn". "dots": norms, rotary embeddings and activation functions only; every product
+        with a weight is kept too, (2 H + 2 N) K + 2 D + 2 F numbers or so.
     """
 
     vocab_size: int

@@ -8,11 +8,11 @@ the words joined by single spaces, so line breaks of the chat template become no
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from opsdc_jax.measures import END_THINK, THINK
 from opsdc_jax.prompts import TEMPLATES
 from opsdc_jax.tiny import task
 
 PAD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-THINK, END_THINK = "<think>", "</think>"
 UNKNOWN = "<unk>"
 MAX_LENGTH = 512
 """Tokens of prompt and response together; the model is trained on fewer than half of them."""
