@@ -72,16 +72,16 @@ def unstack_layers(params: Params, config: Qwen3Config) -> list[DecodeLayer]:
     def layer(i: int) -> DecodeLayer:
         weights = jax.tree.map(lambda leaf: leaf[i].astype(dtype), params["layers"])
         attend, mlp = weights["attention"], weights["mlp"]
-        key, value = (jnp.moveaxis(attend[name], 0, -1) for name in ("key", "value"))
+        key_value_2xDxNxK = jnp.stack([attend["key"], attend["value"]])
         return DecodeLayer(
             attention_norm_D=weights["attention_norm"]["scale"],
             query_HxKxD=jnp.moveaxis(attend["query"], 0, -1),
-            key_value_2xNxKxD=jnp.stack([key, value]),
+            key_value_2xNxKxD=jnp.moveaxis(key_value_2xDxNxK, 1, -1),
             query_norm_K=attend["query_norm"]["scale"],
             key_norm_K=attend["key_norm"]["scale"],
             out_DxHxK=jnp.moveaxis(attend["out"], -1, 0),
             mlp_norm_D=weights["mlp_norm"]["scale"],
-            gate_up_2xFxD=jnp.stack([mlp["gate"].T, mlp["up"].T]),
+            gate_up_2xFxD=jnp.swapaxes(jnp.stack([mlp["gate"], mlp["up"]]), 1, 2),
             down_DxF=mlp["down"].T,
         )
 
