@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.teacher.every = 20
 
     # A model this small needs far larger steps than Qwen3.
-    config.optim.lr = 2e-4
+    config.optim.lr = 1e-4
     config.optim.warmup_steps = 5
     config.optim.b2 = 0.95
 

@@ -23,7 +23,5 @@ def get_config() -> ConfigDict:
     config.loss.divergence = "nll"
     config.loss.weights = "advantages"
     config.loss.length_penalty = 0.5
-    # Its gradients are noisier than a whole distribution's; other rates: docs/LOG.md.
-    config.optim.lr = 1e-4
     config.guards.action = "warn"  # the collapse of entropy is what there is to see
     return config

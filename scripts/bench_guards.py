@@ -7,7 +7,7 @@ by a guard; `fires` and `step` are the guards that fire first, and where.
 
 - healthy: configs/tiny.py, once a seed. `closest`: how near each value came to its limits, as
   multiples of them: below 1 for `rise`, above 1 for `fall`, or the guard would have fired.
-- optim.lr=2e-2: a hundred times the demo's, once a seed of `--wrong_seeds`.
+- optim.lr=1e-2: a hundred times the demo's, once a seed of `--wrong_seeds`.
 - teacher.every=1, the same seeds: evaluated every 2 steps and let go on, so that `accuracy`, by
   step, shows what would have come.
 - wrong end: a base whose files name another end-of-sequence token than its chat template writes.
@@ -59,8 +59,8 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(case | found | {"closest": closest(rows, limits)}), flush=True)
 
     for seed in args.wrong_seeds:
-        case = {"case": "optim.lr=2e-2", "seed": int(seed)}
-        options = [NO_EVALUATION, "--config.optim.lr=2e-2", f"--config.seed={seed}"]
+        case = {"case": "optim.lr=1e-2", "seed": int(seed)}
+        options = [NO_EVALUATION, "--config.optim.lr=1e-2", f"--config.seed={seed}"]
         print(json.dumps(case | run(out / f"lr-{seed}", *options)), flush=True)
     for seed in args.wrong_seeds:
         case = {"case": "teacher.every=1", "seed": int(seed)}
@@ -90,8 +90,8 @@ def run(workdir: pathlib.Path, *options: str) -> dict[str, Any]:
 def every_step(folder: pathlib.Path, seed: str) -> dict[str, Any]:
     """A run whose teacher is refreshed after every step, let go on, with its accuracy by step."""
     evaluation = ["--config.eval.every=2", "--config.eval.samples_per_level=256"]
-    short = ["--config.train.steps=24", "--config.guards.action=warn"]
-    found = run(folder, "--config.teacher.every=1", f"--config.seed={seed}", *evaluation, *short)
+    options = ["--config.teacher.every=1", "--config.guards.action=warn", f"--config.seed={seed}"]
+    found = run(folder, *options, *evaluation)
     curve = read_json(folder / "eval" / "summary.json")["benchmarks"][TINY]["curve"]
     accuracy = {
         point["step"]: round(point["statistics"]["scores"][HEADLINE]["value"], 3) for point in curve

@@ -97,7 +97,7 @@ WORKDIRS: list[Case] = [
     ("where nobody may write", at("/proc/run"), "/proc/run cannot be written .* choose another"),
     ("a name too long", at("x" * 300), "cannot be written .File name too long.: make room"),
     ("something else", occupied("thesis.txt", "mine"), "run is not empty and holds no run: choose"),
-    ("another configuration", other, r"of another configuration .optim.lr: 1.0 -> 0.0002"),
+    ("another configuration", other, r"of another configuration .optim.lr: 1.0 -> 0.0001"),
     ("an empty config", occupied("config.json", ""), "config.json cannot be read"),
     ("a torn config", occupied("config.json", '{"seed": 0'), "config.json cannot be read"),
     ("a config of a list", occupied("config.json", "[]"), "does not hold a JSON object"),

@@ -90,7 +90,7 @@ def test_the_run_leaves_everything_behind(finished):
     assert all(row["loss"] > 0 for row in rows)
     config = json.loads((finished / "config.json").read_text())
     assert config["train"]["steps"] == 4
-    assert config["optim"]["lr"] == 2e-4
+    assert config["optim"]["lr"] == 1e-4
     assert (finished / "checkpoints" / "4").is_dir()
     assert any((finished / "tensorboard").iterdir())
 

@@ -115,7 +115,7 @@ def suites(base: ConfigDict) -> dict[str, Suite]:
                         "sampler.policy": "teacher",
                         "teacher.every": 0,
                         "loss.divergence": "nll",
-                        "optim.lr": lr / 4,  # the best of three, as of the next: docs/LOG.md
+                        "optim.lr": lr / 2,  # the best of three: docs/LOG.md
                     },
                 ),
                 Variant(
@@ -124,7 +124,6 @@ def suites(base: ConfigDict) -> dict[str, Suite]:
                         "loss.divergence": "nll",
                         "loss.weights": "advantages",
                         "loss.length_penalty": 0.5,
-                        "optim.lr": lr / 2,
                     },
                 ),
             ],
