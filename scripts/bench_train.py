@@ -7,6 +7,8 @@ initialised model in float32, on rows that all have their full width, and prints
   tokens_per_second  positions of the student's rows over that, prompts included
   tflop           floating-point operations a step, see `flops`; recomputation does not count
   share           of the rate of a [3072, 512] x [512, 1536] product timed in the same process
+  products_share  the same of the step's matrix products alone, each shape timed by itself: what
+                  share would be if all else cost nothing
   peak_rss_gib    of the process, start-up and compilation included
   loss            of the last step
 
@@ -112,6 +114,7 @@ def measure(side: str, work: Work) -> dict[str, Any]:
     middle = statistics.median(seconds[work.warmup :])
     tokens = work.batch * (work.prompt + work.response)
     bound = product_rate() if side == "jax" else None
+    alone = products_seconds(work) if side == "jax" else None
     return {
         "side": side,
         **{name: getattr(work, name) for name in Work._fields[1:]},
@@ -122,6 +125,7 @@ def measure(side: str, work: Work) -> dict[str, Any]:
         "gflops_per_second": round(flops(work) / middle / 1e9, 1),
         "bound_gflops_per_second": bound and round(bound / 1e9, 1),
         "share": bound and round(flops(work) / middle / bound, 3),
+        "products_share": bound and alone and round(flops(work) / alone / bound, 3),
         "peak_rss_gib": round(peak, 3),
         "loss": round(loss, 5),
     }
@@ -143,16 +147,51 @@ def flops(work: Work) -> int:
 
 
 def product_rate() -> float:
-    """Floating-point operations a second of `PRODUCT`: the median of 30 runs, after 10."""
+    """Floating-point operations a second of `PRODUCT`."""
     M, K, N = PRODUCT
-    multiply = jax.jit(jnp.matmul)
-    left, right = jnp.ones((M, K)), jnp.ones((K, N))
+    return 2 * M * K * N / product_seconds("mk,kn->mn", (M, K), (K, N))
+
+
+def product_seconds(equation: str, *shapes: tuple[int, ...]) -> float:
+    """Of one matrix product: the median of 30 runs, after 10."""
+    multiply = jax.jit(lambda *factors: jnp.einsum(equation, *factors))
+    factors = [jnp.ones(shape) for shape in shapes]
     seconds = []
     for _ in range(40):
         began = time.perf_counter()
-        jax.block_until_ready(multiply(left, right))
+        jax.block_until_ready(multiply(*factors))
         seconds.append(time.perf_counter() - began)
-    return 2 * M * K * N / statistics.median(seconds[10:])
+    return statistics.median(seconds[10:])
+
+
+def products_seconds(work: Work) -> float:
+    """Of all matrix products of a step, as if nothing lay between them.
+
+    A weight is multiplied by both sides' activations, and twice more backwards. Dense attention
+    multiplies whole [T, T] arrays: two a side, and five backwards, which forms the scores again.
+    """
+    model, T = work.model, work.prompt + work.response
+    H, N, K = model.num_attention_heads, model.num_key_value_heads, model.head_dim
+    D, F, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+
+    def of_weight(rows: int, width: int, outputs: int) -> float:
+        x, w, y = (rows, width), (width, outputs), (rows, outputs)
+        forward = product_seconds("mk,kn->mn", x, w)
+        slopes = product_seconds("mn,kn->mk", y, w)
+        return 2 * forward + slopes + product_seconds("mk,mn->kn", x, y)
+
+    widths = [(D, H * K), *[(D, N * K)] * 2, (H * K, D), *[(D, F)] * 2, (F, D)]
+    known = {shape: of_weight(work.micro_batch * T, *shape) for shape in set(widths)}
+    queries, keys = (work.micro_batch, N, H // N * T, K), (work.micro_batch, N, T, K)
+    scores = (*queries[:3], T)
+    to_scores = product_seconds("bnqk,bnsk->bnqs", queries, keys)
+    to_queries = product_seconds("bnqs,bnsk->bnqk", scores, keys)
+    to_keys = product_seconds("bnqs,bnqk->bnsk", scores, queries)
+    layer = sum(known[shape] for shape in widths) + 4 * to_scores + 3 * to_queries + 2 * to_keys
+    tokens = work.micro_batch * work.response
+    chunk = min(work.chunk, tokens)
+    head = tokens / chunk * of_weight(chunk, D, model.vocab_size)
+    return work.batch / work.micro_batch * (L * layer + head)
 
 
 def inputs(work: Work) -> Inputs:

@@ -1,6 +1,8 @@
 """The benchmark of the train step: figures are those of the run, and torch does the same work."""
 
+import itertools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ def test_every_figure_is_there_and_adds_up():
     json.dumps(row)
     assert row["tokens_per_second"] * row["seconds"] == pytest.approx(4 * 8, rel=0.05)
     assert row["share"] > 0
+    assert row["products_share"] > 0
     assert row["peak_rss_gib"] > 0.05
     assert row["loss"] > 0
 
@@ -48,6 +51,22 @@ def test_operations_are_those_of_the_compiled_products():
     counted = jax.jit(forward).lower(params, tokens).compile().cost_analysis()["flops"]
     assert bench.flops(work) / 4 == pytest.approx(counted, rel=0.05)
     assert bench.flops(work) / 4 < counted
+
+
+def test_the_products_alone_are_those_of_a_step(monkeypatch):
+    """With whole squares of attention, and its scores formed twice."""
+
+    def operations(equation, *shapes):
+        letters = equation.partition("->")[0].replace(",", "")
+        return 2 * math.prod(dict(zip(letters, itertools.chain(*shapes), strict=True)).values())
+
+    monkeypatch.setattr(bench, "product_seconds", operations)
+    work = WORK._replace(micro_batch=2, chunk=2)
+    model, B, T = SMALL, work.batch, work.prompt + work.response
+    square = 2 * B * model.num_attention_heads * T * T * model.head_dim
+    triangle = square * (T + 1) / (2 * T)
+    expected = bench.flops(work) + model.num_hidden_layers * (9 * square - 8 * triangle)
+    assert bench.products_seconds(work) == expected
 
 
 def test_torch_computes_the_same_loss_of_the_same_weights(tmp_path):
