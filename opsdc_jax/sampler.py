@@ -22,7 +22,7 @@ from opsdc_jax import continuous, sharding, slots
 from opsdc_jax.config import InputError
 from opsdc_jax.continuous import Layout, Piece
 from opsdc_jax.models import decode, qwen3
-from opsdc_jax.models.layers import COLUMNS, Qwen3Config
+from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.rollout import Rollout, fitting, left_pad
 from opsdc_jax.sampling import SamplingParams
@@ -106,12 +106,7 @@ def generate(
     prefilled = slots.run_prompts(
         params, config, request.prompts_BxP, request.prompt_lengths_B, mesh
     )
-    stacked = jax.tree.map(
-        lambda leaf, axis: slots.padded(leaf, axis, after=response_width),
-        prefilled.caches,
-        COLUMNS,
-    )
-    state = slots.fresh(slots.unstacked(stacked, mesh), P, B, response_width)
+    state = slots.fresh(slots.unstacked(prefilled.caches, mesh), P, B, response_width)
     state = state._replace(tokens_BxW=jnp.full_like(state.tokens_BxW, request.pad_id))
     budget = jnp.minimum(request.sampling.max_tokens, response_width)
     rules = Rules(request.sampling._replace(max_tokens=budget), request.stop_ids)
@@ -126,7 +121,12 @@ def generate(
         vocab_size,
     )
     weights = decode.Weights(decode.outside_layers(params), decode.unstack_layers(params, config))
-    state = slots.decode_until_done(weights, config, state, rules, vocab_size)
+    # The first half of the tokens does not pay for the columns of the second.
+    half = [response_width // 2] if response_width >= 2 * continuous.SEGMENT else []
+    for width in [*half, response_width]:
+        wider = [slots.resize(old, 0, mesh=mesh, columns=P + width) for old in state.caches]
+        state = state._replace(caches=wider)
+        state = slots.decode_until_done(weights, config, state, rules, vocab_size, width)
     rollout = Rollout(state.tokens_BxW, state.lengths_B, state.stopped_B, state.logprobs_BxW)
     return jax.lax.with_sharding_constraint(rollout, sharding.whole(mesh))
 

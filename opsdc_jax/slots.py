@@ -207,14 +207,19 @@ def append(
 
 
 def decode_until_done(
-    weights: decode.Weights, config: Qwen3Config, slots: Slots, rules: Rules, vocab_size: int
+    weights: decode.Weights,
+    config: Qwen3Config,
+    slots: Slots,
+    rules: Rules,
+    vocab_size: int,
+    width: int,
 ) -> Slots:
-    """Draws tokens until all rows are done, or the buffers are full."""
-    W, S = slots.tokens_BxW.shape[1], columns_of(slots.caches[0])
+    """Draws tokens until all rows are done, or `width` columns of the buffers are full."""
+    S = columns_of(slots.caches[0])
     head_VxD = qwen3.unembedding(weights.params)
 
     def unfinished(slots: Slots) -> jax.Array:
-        return (slots.step < W) & ~jnp.all(slots.done_B)
+        return (slots.step < width) & ~jnp.all(slots.done_B)
 
     def body(slots: Slots) -> Slots:
         context_B = slots.prompts_B + slots.lengths_B  # the newest token, written now, included
@@ -333,7 +338,9 @@ def advance(
 ) -> tuple[Slots, View]:
     """A segment: W - 1 tokens of every slot, fewer where all are done before."""
     slots = _placed(slots, mesh)._replace(step=jnp.int32(1))  # the first is of `refill`
-    slots = _placed(decode_until_done(weights, config, slots, rules, vocab_size), mesh)
+    width = slots.tokens_BxW.shape[1]
+    slots = decode_until_done(weights, config, slots, rules, vocab_size, width)
+    slots = _placed(slots, mesh)
     view = View(*(getattr(slots, name) for name in View._fields))
     return slots, jax.lax.with_sharding_constraint(view, sharding.whole(mesh))
 
