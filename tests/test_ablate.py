@@ -190,6 +190,8 @@ def test_train_gets_the_settings_of_the_variant(tmp_path):
     assert flatten(cli.parse(values, argv[:-2]).config) == flatten(run.settings)
     assert argv[-2:] == ["--workdir", str(run.folder)]
     assert not any("eval.reuse" in argument for argument in argv)
+    (tmp_path / "default-seed0" / "eval").mkdir(parents=True)
+    assert f"--config.eval.reuse={tmp_path / 'default-seed0'}" in run.arguments(TINY)
 
 
 def test_responses_of_the_base_are_taken_over_from_a_run_of_the_same_seed(tmp_path):
