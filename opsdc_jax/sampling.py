@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opsdc_jax import threefry
+
 # Separate uses of one seed.
 TRAIN_STREAM, EVAL_STREAM = 0, 1
 
@@ -74,8 +76,11 @@ def draw(
             lambda x_BxV: x_BxV,
             scaled_BxV,
         )
-        keys = jax.vmap(jax.random.fold_in)(keys_B, jnp.broadcast_to(step, keys_B.shape))
-        gumbels_BxV = jax.vmap(lambda key: jax.random.gumbel(key, scaled_BxV.shape[1:]))(keys)
+        steps_B = jnp.broadcast_to(step, keys_B.shape)
+        token_keys_B = jax.vmap(jax.random.fold_in)(threefry.unrolled(keys_B), steps_B)
+        gumbels_BxV = jax.vmap(lambda key: jax.random.gumbel(key, scaled_BxV.shape[1:]))(
+            token_keys_B
+        )
         return _argmax(jax.lax.optimization_barrier(scaled_BxV + gumbels_BxV))
 
     return jax.lax.cond(temperature > 0, drawn, lambda: _argmax(logits_BxV))

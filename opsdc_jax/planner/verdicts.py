@@ -39,6 +39,7 @@ SOURCES = (
     "sampling.py",
     "sharding.py",
     "slots.py",
+    "threefry.py",
 )
 _TOTAL = re.compile(r"Memory Space: default[^\n]*\nTotal bytes: (\d+)")
 _POLL_SECONDS = 0.1
