@@ -218,10 +218,18 @@ def decode_until_done(
     S = columns_of(slots.caches[0])
     head_VxD = qwen3.unembedding(weights.params)
 
-    def unfinished(slots: Slots) -> jax.Array:
+    Tables = tuple[jax.Array, ...]
+
+    def rotary(slots: Slots) -> Tables:
+        """Of the newest tokens."""
+        return decode.rotary(config, slots.prompts_B + slots.lengths_B - 1)
+
+    def unfinished(carried: tuple[Slots, Tables]) -> jax.Array:
+        slots, _ = carried
         return (slots.step < width) & ~jnp.all(slots.done_B)
 
-    def body(slots: Slots) -> Slots:
+    def body(carried: tuple[Slots, Tables]) -> tuple[Slots, Tables]:
+        slots, tables = carried
         context_B = slots.prompts_B + slots.lengths_B  # the newest token, written now, included
         age_S = (slots.column - jnp.arange(S)) % S
         hidden_BxD, caches = decode.decode_step(
@@ -229,15 +237,16 @@ def decode_until_done(
             weights.layers,
             config,
             slots.token_B,
-            context_B - 1,
+            tables,
             slots.caches,
             slots.column,
             age_S < context_B[:, None],
         )
         slots = slots._replace(caches=caches, column=(slots.column + 1) % S)
-        return append(slots, rules, ~slots.done_B, hidden_BxD, head_VxD, vocab_size)
+        slots = append(slots, rules, ~slots.done_B, hidden_BxD, head_VxD, vocab_size)
+        return slots, rotary(slots)
 
-    return jax.lax.while_loop(unfinished, body, slots)
+    return jax.lax.while_loop(unfinished, body, (slots, rotary(slots)))[0]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "rows", "columns", "width"))

@@ -1,4 +1,7 @@
-"""What is never held: [T, T] at 9,216 tokens, [tokens, vocabulary], a program per layer."""
+"""What is never held: [T, T] at 9,216 tokens, [tokens, vocabulary], a program per layer.
+
+And what is formed once, not for every reader: rotary tables.
+"""
 
 import dataclasses
 import math
@@ -9,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from helpers import SMALL, shapes_within
 
-from opsdc_jax import distill, divergences, losses, sharding
+from opsdc_jax import distill, divergences, losses, sampler, sampling, sharding
 from opsdc_jax.models import qwen3
 from opsdc_jax.rollout import DistillBatch
 
@@ -137,3 +140,31 @@ def test_no_second_array_of_the_embeddings_size_lies_beside_its_gradient():
     ]
     assert temporary[0] < embedding_bytes
     assert temporary[1] < 1.5 * embedding_bytes
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_rotary_tables_are_formed_once(layers):
+    """On a CPU, XLA fuses a sine into all that reads it: for every head of every layer, left alone.
+
+    A forward pass has one; sampling has its prompts', the first token's before each of two loops,
+    and the next token's in them.
+    """
+    model = dataclasses.replace(SMALL, num_hidden_layers=layers)
+    params = qwen3.abstract_params(model)
+    tokens = jnp.zeros((2, 24), jnp.int32)
+    gradient = jax.jit(jax.grad(lambda params: qwen3.forward(params, model, tokens).sum()))
+    assert gradient.lower(params).compile().as_text().count(" cosine(") == 1
+    request = sampler.Request(
+        tokens,
+        jnp.full(2, 24),
+        jax.random.split(jax.random.key(0)),
+        sampling.SamplingParams(),
+        stop_ids=jnp.array([0]),
+        pad_id=0,
+    )
+    sizes = {"vocab_size": model.vocab_size, "response_width": 64}
+    mesh = sampler.decode_mesh(
+        model, sharding.make_mesh({"replica": 1, "fsdp": -1, "tensor": 1}), -1
+    )
+    program = sampler.generate.lower(params, model, request, mesh=mesh, **sizes).compile()
+    assert program.as_text().count(" cosine(") <= 5

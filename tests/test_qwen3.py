@@ -106,14 +106,17 @@ def test_prefill_and_decode_equal_forward(name, prefilled, implementation):
     values = np.pad(stacked.values, (same, same, same, more, same), constant_values=7.0)
     caches = [KVCache(*layer) for layer in zip(keys, values, strict=True)]
     layers = decode.unstack_layers(jax.tree.map(np.asarray, model.params), config)
-    step = jax.jit(decode.decode_step, static_argnames="config")
+
+    @jax.jit
+    def step(params, token, position, caches, slot, visible):
+        rotary = decode.rotary(config, position)
+        return decode.decode_step(params, layers, config, token, rotary, caches, slot, visible)
+
     columns = list(np.moveaxis(np.asarray(hidden), 1, 0))
     for slot in range(prefilled, width):
         visible = given.valid & (np.arange(width) <= slot)
         token, position = given.tokens[:, slot], given.stretched[:, slot]
-        out, caches = step(
-            model.params, layers, config, token, position, caches, np.int32(slot), visible
-        )
+        out, caches = step(model.params, token, position, caches, np.int32(slot), visible)
         assert out.shape == (rows, config.hidden_size)
         columns.append(np.asarray(out))
     got = np.stack(columns, axis=1) @ np.asarray(qwen3.unembedding(model.params)).T
@@ -239,7 +242,7 @@ def test_dtypes_are_cast_on_purpose_only():
                 decode.unstack_layers(params, config),
                 config,
                 given.tokens[:, 0],
-                given.positions[:, 0],
+                decode.rotary(config, given.positions[:, 0]),
                 caches,
                 jnp.int32(3),
                 given.valid,

@@ -120,12 +120,17 @@ def outside_layers(params: Params) -> Params:
     return {name: leaf for name, leaf in params.items() if name != "layers"}
 
 
+def rotary(config: Qwen3Config, position_B: jax.Array) -> tuple[jax.Array, ...]:
+    """`rotary_tables` of one token in each row, at its position."""
+    return rotary_tables(position_B[:, None], config.head_dim, config.rope_theta, config.yarn)
+
+
 def decode_step(
     params: Params,
     layers: list[DecodeLayer],
     config: Qwen3Config,
     token_B: jax.Array,
-    position_B: jax.Array,
+    rotary: tuple[jax.Array, ...],
     caches: list[KVCache],
     slot: jax.Array,
     valid_BxS: jax.Array,
@@ -134,7 +139,8 @@ def decode_step(
 
     Args:
       layers: `unstack_layers(params, config)`.
-      position_B: rotary position of the new token in each row.
+      rotary: `rotary` of the new token's position in each row. Formed outside of the step: within,
+        XLA on a CPU would form them again for every head of every layer.
       caches: one `KVCache` of S slots per layer.
       slot: index at which the new keys and values are written, the same for all rows.
       valid_BxS: slots the new token may attend to, its own included.
@@ -143,7 +149,6 @@ def decode_step(
       hidden states [B, D] after the final norm, and the updated caches.
     """
     epsilon = config.rms_norm_eps
-    rotary = rotary_tables(position_B[:, None], config.head_dim, config.rope_theta, config.yarn)
     x_DxB = params["embedding"][token_B].astype(config.compute_dtype).T
 
     def norm(x_DxB: jax.Array, scale_D: jax.Array) -> jax.Array:

@@ -56,9 +56,11 @@ class Qwen3(nnx.Module):
         if not config.tie_word_embeddings:
             self.head = weight(rngs, shape, axes)
 
-    def rotary(self, positions_BxT: jax.Array) -> tuple[jax.Array, ...]:
+    def rotary(self, positions_BxT: jax.Array, in_memory: bool) -> tuple[jax.Array, ...]:
         config = self.config
-        return rotary_tables(positions_BxT, config.head_dim, config.rope_theta, config.yarn)
+        return rotary_tables(
+            positions_BxT, config.head_dim, config.rope_theta, config.yarn, in_memory
+        )
 
     def __call__(
         self,
@@ -69,7 +71,8 @@ class Qwen3(nnx.Module):
         keep: bool,
     ) -> tuple[jax.Array, KVCache | None]:
         """Hidden states after the final norm, and the stacked caches [L, ...] if `keep`."""
-        rotary = self.rotary(positions_BxT)
+        unrolled = _unrolls(self.config, mesh)
+        rotary = self.rotary(positions_BxT, in_memory=unrolled)
         layer_def, layers = nnx.split(self.layers)
 
         def placed(x: jax.Array) -> jax.Array:
@@ -85,7 +88,7 @@ class Qwen3(nnx.Module):
             policy = REMAT_POLICIES[self.config.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         x = placed(embedded_BxTxD.astype(self.config.compute_dtype))
-        x, caches = jax.lax.scan(body, x, layers, unroll=_unrolls(self.config, mesh))
+        x, caches = jax.lax.scan(body, x, layers, unroll=unrolled)
         return self.final_norm(x), caches
 
 

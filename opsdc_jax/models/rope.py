@@ -58,12 +58,26 @@ def frequencies(head_dim: int, theta: float, yarn: Yarn | None) -> tuple[np.ndar
 
 
 def rotary_tables(
-    positions_BxT: jax.Array, head_dim: int, theta: float, yarn: Yarn | None
+    positions_BxT: jax.Array,
+    head_dim: int,
+    theta: float,
+    yarn: Yarn | None,
+    in_memory: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """cos and sin of the rotary angles, each [B, 1, T, K/2] in float32; [1, T, K/2] from [T]."""
+    """cos and sin of the rotary angles, each [B, 1, T, K/2] in float32; [1, T, K/2] from [T].
+
+    Args:
+      in_memory: they come out of a loop. On a CPU, XLA fuses a sine into all that reads it, and
+        would form it again for every head of every layer; what a loop gives, it does not.
+    """
     angles_per_position, scale = frequencies(head_dim, theta, yarn)
     angles = positions_BxT[..., None, :, None].astype(jnp.float32) * angles_per_position
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    if in_memory:
+        which = np.array([False, True])
+        cos, sin = jax.lax.map(lambda odd: jax.lax.cond(odd, jnp.sin, jnp.cos, angles), which)
+    else:
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return cos * scale, sin * scale
 
 
 def apply_rotary(x_BxHxTxK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
