@@ -27,14 +27,27 @@ SEGMENT = 32  # tokens between two looks at what is done
 LEAST_COLUMNS = 256  # of a ring: a shorter one saves less than its programs cost to compile
 
 
-def worthwhile(slots: int, responses: int, columns: int) -> bool:
+def ring_columns(longest_prompt: int, response_width: int, segment: int) -> tuple[int, ...]:
+    """The sizes of the ring, ascending: whole contexts; and halves, down to an eighth."""
+    whole = longest_prompt + response_width
+    unit = 128 if whole >= 1024 else 8  # what kernels like
+    least = max(longest_prompt + segment, LEAST_COLUMNS)
+    parts = (math.ceil(max(whole / part, least) / unit) * unit for part in (2, 4, 8))
+    return tuple(sorted({whole, *(size for size in parts if size < whole)}))
+
+
+def worthwhile(slots: int, responses: int, longest_prompt: int, response_width: int) -> bool:
     """Whether a batch is sampled in segments, where one program could do it at once.
+
+    One program's step is the faster one over as many columns, and it has room for half of the
+    response from the start. So where every response has a slot, the ring must begin much smaller.
 
     Args:
       slots: rows that decode at a time; 0: all.
-      columns: tokens of its contexts, at most. One program pays for all of them from the start.
+      longest_prompt, response_width: as in `Layout`.
     """
-    return 0 < slots < responses or columns > LEAST_COLUMNS
+    first = ring_columns(longest_prompt, response_width, SEGMENT)[0]
+    return 0 < slots < responses or 2 * first <= longest_prompt + response_width // 2
 
 
 class Layout(NamedTuple):
@@ -69,12 +82,8 @@ class Layout(NamedTuple):
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """The sizes of the ring, ascending: whole contexts; and halves, down to an eighth."""
-        whole = self.longest_prompt + self.response_width
-        unit = 128 if whole >= 1024 else 8  # what kernels like
-        least = max(self.longest_prompt + self.segment, LEAST_COLUMNS)
-        parts = (math.ceil(max(whole / part, least) / unit) * unit for part in (2, 4, 8))
-        return tuple(sorted({whole, *(size for size in parts if size < whole)}))
+        """See `ring_columns`."""
+        return ring_columns(self.longest_prompt, self.response_width, self.segment)
 
     def next_columns(self, columns: int, longest: int) -> int:
         """The size that follows `columns`, by one at most: fewer programs than one for each pair.

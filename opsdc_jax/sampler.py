@@ -192,15 +192,16 @@ class Sampler:
     ) -> Callable[[], Rollout]:
         """Starts on one response for each prompt.
 
-        A batch of short contexts that the slots hold is one program. Any other is sampled in
-        segments (`continuous.worthwhile`), of which the first is under way on return.
+        A batch that the slots hold is one program, unless its contexts may grow to many times its
+        prompts (`continuous.worthwhile`). Any other is sampled in segments, of which the first is
+        under way on return.
 
         Returns:
           a function, to be called once, that gives the responses on the host. Until it returns,
           `params` must not be donated.
         """
-        longest = self.prompt_buckets[-1] + self.response_width
-        if continuous.worthwhile(self.slots, len(prompts), longest):
+        widths = self.prompt_buckets[-1], self.response_width
+        if continuous.worthwhile(self.slots, len(prompts), *widths):
             segments = self._segments(params, prompts, keys_B, sampling)
             grown = _Grown(len(prompts), self.response_width, self.pad_id)
 

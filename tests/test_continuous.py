@@ -36,7 +36,9 @@ def _short_rings(monkeypatch):
     What is expected is of one program, at whatever length.
     """
     monkeypatch.setattr(continuous, "LEAST_COLUMNS", 16)
-    monkeypatch.setattr(continuous, "worthwhile", lambda slots, responses, _: 0 < slots < responses)
+    monkeypatch.setattr(
+        continuous, "worthwhile", lambda slots, responses, *_: 0 < slots < responses
+    )
 
 
 def continuously(sampling, *, stop=NEVER, rows=None, prompts=None):
@@ -83,11 +85,28 @@ def test_responses_of_any_length(sampling):
     assert_same(continuously(sampling, stop=stop), expected)
 
 
+@pytest.mark.parametrize(
+    ("slots", "responses", "widths", "expected"),
+    [
+        (0, 8, (1024, 8192), True),  # a ring of 1,152 columns where one program has 5,120
+        (0, 8, (320, 128), False),  # 352 and 384
+        (8, 8, (320, 128), False),
+        (4, 8, (320, 128), True),  # a slot is refilled
+    ],
+)
+def test_segments_where_slots_are_refilled_or_contexts_grow(
+    monkeypatch, slots, responses, widths, expected
+):
+    monkeypatch.undo()
+    assert continuous.worthwhile(slots, responses, *widths) == expected
+
+
 def test_long_contexts_go_in_segments_also_where_every_row_has_a_slot(monkeypatch):
     """And the first segment is under way before anybody waits."""
     model, stop = load("untied"), (5, 9)
     expected = sample(model, SamplingParams(), stop=stop)
     monkeypatch.setattr(continuous, "worthwhile", WORTHWHILE)
+    monkeypatch.setattr(continuous, "SEGMENT", 4)
     columns, advance, read = [], slots.advance, []
 
     def noted(weights, config, state, *args, **static):

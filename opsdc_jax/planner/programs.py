@@ -129,8 +129,8 @@ def build(name: str, spec: Mapping[str, Any], mesh: Mesh) -> Program:
         section = "sampler" if name == "rollout" else "eval"
         width = settings[f"{section}.max_response_tokens"]
         B, batch = rows(name, settings), settings["train.batch_size"]
-        columns = settings["sampler.max_prompt_tokens"] + width
-        if name == "rollout" and not continuous.worthwhile(B, batch, columns):
+        widths = settings["sampler.max_prompt_tokens"], width
+        if name == "rollout" and not continuous.worthwhile(B, batch, *widths):
             return _generate(spec, mesh, like, B, width)
         refilled = name == "evaluate" or 0 < settings["sampler.slots"] < batch
         return _segment(spec, mesh, like, B, width, refilled)
