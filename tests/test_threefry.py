@@ -40,3 +40,10 @@ def test_keys_folded_and_split_are_the_same():
 def test_other_widths_are_refused():
     with pytest.raises(NotImplementedError, match="3 numbers of 16 bits"):
         jax.random.bits(threefry.unrolled(jax.random.key(0)), (3,), jnp.uint16)
+
+
+def test_keys_of_another_generator_stay_theirs():
+    keys = jax.random.split(jax.random.key(3, impl="rbg"), 2)
+    kept = jax.jit(threefry.unrolled)(keys)
+    assert kept.dtype == keys.dtype
+    np.testing.assert_array_equal(*map(jax.random.key_data, (kept, keys)))
