@@ -36,18 +36,25 @@ def ring_columns(longest_prompt: int, response_width: int, segment: int) -> tupl
     return tuple(sorted({whole, *(size for size in parts if size < whole)}))
 
 
+def one_program_widths(response_width: int) -> tuple[int, ...]:
+    """Tokens of a response that one program's cache has room for, ascending: half, then all."""
+    half = (response_width // 2,) if response_width >= 2 * SEGMENT else ()
+    return *half, response_width
+
+
 def worthwhile(slots: int, responses: int, longest_prompt: int, response_width: int) -> bool:
     """Whether a batch is sampled in segments, where one program could do it at once.
 
-    One program's step is the faster one over as many columns, and it has room for half of the
-    response from the start. So where every response has a slot, the ring must begin much smaller.
+    Over as many columns, one program's step is the faster one (on a CPU by a tenth; docs/LOG.md).
+    So where no slot is refilled, the ring must begin with half of its columns, or fewer.
 
     Args:
       slots: rows that decode at a time; 0: all.
       longest_prompt, response_width: as in `Layout`.
     """
     first = ring_columns(longest_prompt, response_width, SEGMENT)[0]
-    return 0 < slots < responses or 2 * first <= longest_prompt + response_width // 2
+    one_program = longest_prompt + one_program_widths(response_width)[0]
+    return 0 < slots < responses or 2 * first <= one_program
 
 
 class Layout(NamedTuple):

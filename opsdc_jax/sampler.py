@@ -122,8 +122,7 @@ def generate(
     )
     weights = decode.Weights(decode.outside_layers(params), decode.unstack_layers(params, config))
     # The first half of the tokens does not pay for the columns of the second.
-    half = [response_width // 2] if response_width >= 2 * continuous.SEGMENT else []
-    for width in [*half, response_width]:
+    for width in continuous.one_program_widths(response_width):
         wider = [slots.resize(old, 0, mesh=mesh, columns=P + width) for old in state.caches]
         state = state._replace(caches=wider)
         state = slots.decode_until_done(weights, config, state, rules, vocab_size, width)
@@ -192,9 +191,9 @@ class Sampler:
     ) -> Callable[[], Rollout]:
         """Starts on one response for each prompt.
 
-        A batch that the slots hold is one program, unless its contexts may grow to many times its
-        prompts (`continuous.worthwhile`). Any other is sampled in segments, of which the first is
-        under way on return.
+        A batch that the slots hold is one program, unless a cache that grows by segments begins
+        much smaller (`continuous.worthwhile`). Any other is sampled in segments, of which the first
+        is under way on return.
 
         Returns:
           a function, to be called once, that gives the responses on the host. Until it returns,

@@ -78,9 +78,8 @@ def draw(
         )
         steps_B = jnp.broadcast_to(step, keys_B.shape)
         token_keys_B = jax.vmap(jax.random.fold_in)(threefry.unrolled(keys_B), steps_B)
-        gumbels_BxV = jax.vmap(lambda key: jax.random.gumbel(key, scaled_BxV.shape[1:]))(
-            token_keys_B
-        )
+        width, dtype = scaled_BxV.shape[1:], scaled_BxV.dtype
+        gumbels_BxV = jax.vmap(lambda key: jax.random.gumbel(key, width, dtype))(token_keys_B)
         return _argmax(jax.lax.optimization_barrier(scaled_BxV + gumbels_BxV))
 
     return jax.lax.cond(temperature > 0, drawn, lambda: _argmax(logits_BxV))

@@ -220,9 +220,9 @@ def decode_until_done(
 
     Tables = tuple[jax.Array, ...]
 
-    def rotary(slots: Slots) -> Tables:
-        """Of the newest tokens."""
-        return decode.rotary(config, slots.prompts_B + slots.lengths_B - 1)
+    def newest(slots: Slots) -> Tables:
+        """Of the newest tokens, at the ends of their contexts."""
+        return decode.token_tables(config, slots.prompts_B + slots.lengths_B - 1)
 
     def unfinished(carried: tuple[Slots, Tables]) -> jax.Array:
         slots, _ = carried
@@ -244,9 +244,9 @@ def decode_until_done(
         )
         slots = slots._replace(caches=caches, column=(slots.column + 1) % S)
         slots = append(slots, rules, ~slots.done_B, hidden_BxD, head_VxD, vocab_size)
-        return slots, rotary(slots)
+        return slots, newest(slots)
 
-    return jax.lax.while_loop(unfinished, body, (slots, rotary(slots)))[0]
+    return jax.lax.while_loop(unfinished, body, (slots, newest(slots)))[0]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "rows", "columns", "width"))

@@ -89,6 +89,8 @@ def test_responses_of_any_length(sampling):
     ("slots", "responses", "widths", "expected"),
     [
         (0, 8, (1024, 8192), True),  # a ring of 1,152 columns where one program has 5,120
+        (0, 8, (1024, 2048), False),  # 1,152 and 2,048, of which the half is 1,024
+        (0, 8, (32, 800), False),  # a ring has 256 at least; 432
         (0, 8, (320, 128), False),  # 352 and 384
         (8, 8, (320, 128), False),
         (4, 8, (320, 128), True),  # a slot is refilled

@@ -109,7 +109,7 @@ def test_prefill_and_decode_equal_forward(name, prefilled, implementation):
 
     @jax.jit
     def step(params, token, position, caches, slot, visible):
-        rotary = decode.rotary(config, position)
+        rotary = decode.token_tables(config, position)
         return decode.decode_step(params, layers, config, token, rotary, caches, slot, visible)
 
     columns = list(np.moveaxis(np.asarray(hidden), 1, 0))
@@ -242,7 +242,7 @@ def test_dtypes_are_cast_on_purpose_only():
                 decode.unstack_layers(params, config),
                 config,
                 given.tokens[:, 0],
-                decode.rotary(config, given.positions[:, 0]),
+                decode.token_tables(config, given.positions[:, 0]),
                 caches,
                 jnp.int32(3),
                 given.valid,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opsdc_jax import threefry
+from opsdc_jax import sampling, threefry
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (256,), (3, 5), (4097,)])
@@ -37,9 +37,12 @@ def test_keys_folded_and_split_are_the_same():
     )
 
 
-def test_other_widths_are_refused():
-    with pytest.raises(NotImplementedError, match="3 numbers of 16 bits"):
-        jax.random.bits(threefry.unrolled(jax.random.key(0)), (3,), jnp.uint16)
+def test_other_widths_are_jaxs_own():
+    key = jax.random.key(5)
+    for dtype in (jnp.uint8, jnp.uint16):
+        np.testing.assert_array_equal(
+            *(jax.random.bits(given, (33,), dtype) for given in (threefry.unrolled(key), key))
+        )
 
 
 def test_keys_of_another_generator_stay_theirs():
@@ -47,3 +50,24 @@ def test_keys_of_another_generator_stay_theirs():
     kept = jax.jit(threefry.unrolled)(keys)
     assert kept.dtype == keys.dtype
     np.testing.assert_array_equal(*map(jax.random.key_data, (kept, keys)))
+
+
+def test_numbers_that_are_not_partitionable_stay_theirs():
+    with jax.threefry_partitionable(False):
+        key = jax.random.key(5)
+        np.testing.assert_array_equal(
+            *(jax.random.bits(given, (7,)) for given in (threefry.unrolled(key), key))
+        )
+
+
+def test_tokens_are_drawn_so(monkeypatch):
+    """On a CPU, JAX's own rounds are loops of the compiled program."""
+
+    def loops():
+        drawn = jax.jit(lambda *given: sampling.draw(*given, 0, sampling.SamplingParams()))
+        keys = jax.random.split(jax.random.key(0), 2)
+        return drawn.lower(jnp.zeros((2, 40)), keys).compile().as_text().count(" while(")
+
+    unrolled = loops()
+    monkeypatch.setattr(threefry, "unrolled", lambda keys: keys)
+    assert unrolled < loops()

@@ -120,7 +120,7 @@ def outside_layers(params: Params) -> Params:
     return {name: leaf for name, leaf in params.items() if name != "layers"}
 
 
-def rotary(config: Qwen3Config, position_B: jax.Array) -> tuple[jax.Array, ...]:
+def token_tables(config: Qwen3Config, position_B: jax.Array) -> tuple[jax.Array, ...]:
     """`rotary_tables` of one token in each row, at its position."""
     return rotary_tables(position_B[:, None], config.head_dim, config.rope_theta, config.yarn)
 
@@ -139,8 +139,8 @@ def decode_step(
 
     Args:
       layers: `unstack_layers(params, config)`.
-      rotary: `rotary` of the new token's position in each row. Formed outside of the step: within,
-        XLA on a CPU would form them again for every head of every layer.
+      rotary: `token_tables` of the new token's position in each row. Formed outside of the step:
+        within, XLA on a CPU would form them again for every head of every layer.
       caches: one `KVCache` of S slots per layer.
       slot: index at which the new keys and values are written, the same for all rows.
       valid_BxS: slots the new token may attend to, its own included.

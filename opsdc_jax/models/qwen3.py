@@ -72,7 +72,9 @@ class Qwen3(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Hidden states after the final norm, and the stacked caches [L, ...] if `keep`."""
         unrolled = _unrolls(self.config, mesh)
-        rotary = self.rotary(positions_BxT, in_memory=unrolled)
+        rotary = self.rotary(
+            positions_BxT, in_memory=unrolled
+        )  # those of a scan are, as its inputs
         layer_def, layers = nnx.split(self.layers)
 
         def placed(x: jax.Array) -> jax.Array:
