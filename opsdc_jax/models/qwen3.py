@@ -56,12 +56,6 @@ class Qwen3(nnx.Module):
         if not config.tie_word_embeddings:
             self.head = weight(rngs, shape, axes)
 
-    def rotary(self, positions_BxT: jax.Array, in_memory: bool) -> tuple[jax.Array, ...]:
-        config = self.config
-        return rotary_tables(
-            positions_BxT, config.head_dim, config.rope_theta, config.yarn, in_memory
-        )
-
     def __call__(
         self,
         embedded_BxTxD: jax.Array,
@@ -71,10 +65,15 @@ class Qwen3(nnx.Module):
         keep: bool,
     ) -> tuple[jax.Array, KVCache | None]:
         """Hidden states after the final norm, and the stacked caches [L, ...] if `keep`."""
-        unrolled = _unrolls(self.config, mesh)
-        rotary = self.rotary(
-            positions_BxT, in_memory=unrolled
-        )  # those of a scan are, as its inputs
+        config = self.config
+        unrolled = _unrolls(config, mesh)
+        rotary = rotary_tables(
+            positions_BxT,
+            config.head_dim,
+            config.rope_theta,
+            config.yarn,
+            in_memory=unrolled,  # what a scan reads is there anyway
+        )
         layer_def, layers = nnx.split(self.layers)
 
         def placed(x: jax.Array) -> jax.Array:
@@ -86,10 +85,10 @@ class Qwen3(nnx.Module):
             x, cache = nnx.merge(layer_def, layer)(x, rotary, attend)
             return placed(x), cache if keep else None
 
-        if self.config.remat != "none":
-            policy = REMAT_POLICIES[self.config.remat]
+        if config.remat != "none":
+            policy = REMAT_POLICIES[config.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        x = placed(embedded_BxTxD.astype(self.config.compute_dtype))
+        x = placed(embedded_BxTxD.astype(config.compute_dtype))
         x, caches = jax.lax.scan(body, x, layers, unroll=unrolled)
         return self.final_norm(x), caches
 
