@@ -51,7 +51,10 @@ from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.models.shapes import BENCHMARK_SHAPES
 
 GIB = 2**30
-NEEDS = {"torch": ("torch", "pip install torch"), "tunix": ("tunix", "pip install google-tunix")}
+NEEDS = {
+    "torch": ("torch", "pip install torch"),
+    "tunix": ("tunix", "pip install google-tunix==0.1.7"),
+}
 
 
 class Case(NamedTuple):
@@ -345,7 +348,7 @@ class _Numbers:
 
 
 def run_tunix(case: Case, drawing: sampling.SamplingParams, repeats: int) -> dict[str, Any]:
-    """google-tunix's Sampler and Qwen3 (as of its version 0.1.7) on the same shape."""
+    """google-tunix's Sampler and Qwen3 (of its version 0.1.7) on the same shape."""
     from flax import nnx
 
     network = importlib.import_module("tunix.models.qwen3.model")
