@@ -38,7 +38,6 @@ def get_config() -> ConfigDict:
     config.eval.source = "tiny"
     config.eval.samples = 1
     config.eval.every = 10
-    config.eval.batch_size = 64
     config.eval.max_response_tokens = 160
     # At temperature 1 the errors of the model show; at 0.6 this easy task would hide them.
     config.eval.temperature = 1.0
