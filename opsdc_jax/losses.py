@@ -181,6 +181,7 @@ def _local(
     V = student_head_VxD.shape[0]
     ids_V = jnp.arange(V) + (jax.lax.axis_index(vocab_axes) * V if vocab_axes else 0)
     other_axes = tuple(axis for axis in vocab_axes if axis not in row_axes)
+    logits = functools.partial(_logits, ids_V=ids_V, vocab_size=vocab_size, split=bool(vocab_axes))
 
     def padded(array: jax.Array) -> jax.Array:
         widths = [(0, 0)] * array.ndim
@@ -213,10 +214,12 @@ def _local(
     ) -> tuple[tuple, jax.Array]:
         sums, head_gradient = carry
         student_CxD = gathered(student)
-        partial, pair, slopes = _chunk(
+        student_CxV = logits(student_CxD, student_head_VxD)
+        teacher_CxV = logits(gathered(teacher), teacher_head_VxD)
+        partial, slopes = _chunk(
             divergence,
-            _logits(student_CxD, student_head_VxD, ids_V, vocab_size),
-            _logits(gathered(teacher), teacher_head_VxD, ids_V, vocab_size),
+            student_CxV,
+            teacher_CxV,
             ids_V,
             vocab_axes,
             *(label.reshape(-1) for label in labels),
@@ -224,8 +227,8 @@ def _local(
         hidden_gradient, head_gradient = _add_gradients(
             slopes,
             head_gradient,
-            pair.student_CxV,
-            pair.teacher_CxV,
+            student_CxV,
+            teacher_CxV,
             ids_V,
             student_CxD,
             student_head_VxD,
@@ -301,10 +304,19 @@ def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def _logits(
-    hidden_CxD: jax.Array, head_VxD: jax.Array, ids_V: jax.Array, vocab_size: int
+    hidden_CxD: jax.Array,
+    head_VxD: jax.Array,
+    ids_V: jax.Array,
+    vocab_size: int,
+    split: bool,
 ) -> jax.Array:
     """Float32 logits [C, V]; -1e30 where the tokenizer has no such id (see `qwen3.logits`)."""
-    return jnp.where(ids_V < vocab_size, _product("cd,vd->cv", hidden_CxD, head_VxD), MASKED)
+    logits_CxV = _product("cd,vd->cv", hidden_CxD, head_VxD)
+    if split:
+        return jnp.where(ids_V < vocab_size, logits_CxV, MASKED)
+    # On one device these ids come last: written in place, where a CPU would keep both arrays.
+    others = jnp.full((len(logits_CxV), max(len(ids_V) - vocab_size, 0)), MASKED)
+    return jax.lax.dynamic_update_slice_in_dim(logits_CxV, others, vocab_size, axis=1)
 
 
 def _chunk(
@@ -317,12 +329,13 @@ def _chunk(
     logprobs_C: jax.Array,
     weights_C: jax.Array,
     mask_C: jax.Array,
-) -> tuple[TokenSums, Pair, Slopes]:
-    """One chunk's sums, its pair, and the slopes of its weighted divergence."""
-    student_CxV, teacher_CxV = (
-        logits - jax.lax.pmax(jnp.max(logits, axis=-1), vocab_axes)[:, None]
+) -> tuple[TokenSums, Slopes]:
+    """One chunk's sums, and the slopes of its weighted divergence, from logits as they are."""
+    student_top, teacher_top = (
+        jax.lax.pmax(jnp.max(logits, axis=-1), vocab_axes)[:, None]
         for logits in (student_CxV, teacher_CxV)
     )
+    student_CxV, teacher_CxV = student_CxV - student_top, teacher_CxV - teacher_top
     add_up = functools.partial(jax.lax.psum, axis_name=vocab_axes)
     student, teacher = add_up(
         (moments(student_CxV, teacher_CxV), moments(teacher_CxV, student_CxV))
@@ -347,10 +360,11 @@ def _chunk(
     )
 
     def weighted(student: jax.Array, teacher: jax.Array, ids_W: jax.Array) -> jax.Array:
-        slopes_CxW = slopes(student, teacher, ids_W) * weights_C[:, None]
-        return jnp.where(mask_C[:, None], slopes_CxW, 0.0)
+        # Shifted here once more: only the logits as they came lie in memory.
+        slopes_CxW = slopes(student - student_top, teacher - teacher_top, ids_W)
+        return jnp.where(mask_C[:, None], slopes_CxW * weights_C[:, None], 0.0)
 
-    return sums, pair, weighted
+    return sums, weighted
 
 
 def zero_sums() -> TokenSums:

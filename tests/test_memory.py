@@ -101,30 +101,39 @@ def test_the_train_step_is_one_program_at_any_depth():
     assert min(shallow) > 100
 
 
+def temporary_bytes_of_the_loss(name, tokens, vocabulary, vocab_size, chunk):
+    """Of a divergence's gradient by the student's hidden states, of width 16, and head."""
+
+    def loss(student, student_head, teacher, teacher_head, *labels):
+        rest = (student, student_head, teacher, teacher_head, *labels)
+        chosen = divergences.DIVERGENCES[name]
+        return losses.divergence_sums(chosen, vocab_size, chunk, None, *rest).divergence
+
+    hidden, head = (
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, tokens, 16), (vocabulary, 16))
+    )
+    kinds = ("int32", "float32", "float32", "bool")
+    labels = [jax.ShapeDtypeStruct((1, tokens), kind) for kind in kinds]
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    compiled = gradient.lower(hidden, head, hidden, head, *labels).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
 @pytest.mark.parametrize("name", list(divergences.DIVERGENCES))
 def test_memory_of_the_loss_does_not_grow_with_tokens_by_vocabulary(name):
     """Four times the tokens need the temporaries of their hidden states more, no more."""
     V, D = 4096, 16
-
-    def temporary_bytes(tokens):
-        def loss(student, student_head, teacher, teacher_head, *labels):
-            rest = (student, student_head, teacher, teacher_head, *labels)
-            chosen = divergences.DIVERGENCES[name]
-            return losses.divergence_sums(chosen, V, 64, None, *rest).divergence
-
-        hidden, head = (
-            jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, tokens, D), (V, D))
-        )
-        kinds = ("int32", "float32", "float32", "bool")
-        labels = [jax.ShapeDtypeStruct((1, tokens), kind) for kind in kinds]
-        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(
-            hidden, head, hidden, head, *labels
-        )
-        return compiled.compile().memory_analysis().temp_size_in_bytes
-
-    short, long = temporary_bytes(256), temporary_bytes(1024)
+    short, long = (temporary_bytes_of_the_loss(name, T, V, V, 64) for T in (256, 1024))
     assert short >= 64 * V * 4, "a chunk's logits are there"
     assert long - short <= 4 * 768 * D * 4
+
+
+@pytest.mark.parametrize("vocab_size", [2**17, 2**17 - 300])
+def test_a_chunks_logits_lie_in_memory_once_a_side(vocab_size):
+    """No second array of them below their maximum, nor without the ids beyond the tokenizer's."""
+    chunk, V = 64, 2**17
+    used = temporary_bytes_of_the_loss("reverse_kl", 2 * chunk, V, vocab_size, chunk)
+    assert 2 <= used / (chunk * V * 4) < 2.5
 
 
 def test_no_second_array_of_the_embeddings_size_lies_beside_its_gradient():
