@@ -249,7 +249,8 @@ def _add_gradients(
     """A chunk's gradients: of its hidden states [C, D], and added to that of the head [V, D].
 
     Args:
-      arrays: logits of student and teacher [C, V], ids [V], the student's hidden states, its head.
+      slopes: of `_chunk`: from logits as they are, not below their row's highest.
+      arrays: these logits of student and teacher [C, V], ids [V], the student's hidden states, its head.
     """
 
     def whole(
