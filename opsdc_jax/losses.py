@@ -250,7 +250,7 @@ def _add_gradients(
 
     Args:
       slopes: of `_chunk`: from logits as they are, not below their row's highest.
-      arrays: these logits of student and teacher [C, V], ids [V], the student's hidden states, its head.
+      arrays: logits of student and teacher [C, V], ids [V], the student's hidden states, its head.
     """
 
     def whole(
