@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from opsdc_jax import sharding, slots
+from opsdc_jax import prefill, sharding, slots
 from opsdc_jax.models import decode
 from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.models.qwen3 import Params
@@ -159,7 +159,7 @@ def segments(
     """
     model, mesh, whole = layout.model, layout.mesh, sharding.whole(layout.mesh)
     static = {"mesh": mesh, "vocab_size": layout.vocab_size}
-    stacked, weights = decode.prepare(params, model, mesh)
+    weights = decode.prepare(params, model, mesh)
     del params  # a copy of the caller's need not live as long as this call
     columns = layout.columns[0]
     state = slots.empty(model, mesh, layout.rows, columns, layout.segment + 1)
@@ -173,11 +173,11 @@ def segments(
                 held = range(books.next_prompt, books.next_prompt + layout.prompts)
                 batch = books.batch(held, layout.prompt_width, layout.pad_id)
                 placed = sharding.place(batch, sharding.batch_sharding(mesh))
-                prefilled = slots.prefill(stacked, model, mesh, *placed)
+                prefilled = prefill.by_layers(weights, model, mesh, *placed)
             refill = sharding.place(books.start(held), whole)
             state = slots.refill(weights, state, prefilled, refill, rules, **static)
         if books.all_started:
-            stacked, prefilled = {}, None  # room for longer rings
+            prefilled = None  # room for longer rings
         while (new := layout.next_columns(columns, books.longest)) != columns:
             for layer, cache in enumerate(state.caches):
                 state.caches[layer] = slots.resize(cache, state.column, mesh=mesh, columns=new)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from opsdc_jax import continuous, sharding, slots
+from opsdc_jax import continuous, prefill, sharding, slots
 from opsdc_jax.config import InputError
 from opsdc_jax.continuous import Layout, Piece
 from opsdc_jax.models import decode, qwen3
@@ -103,10 +103,10 @@ def generate(
     """
     B, P = request.prompts_BxP.shape
     params = decode.for_decoding(params, config, mesh)
-    prefilled = slots.run_prompts(
-        params, config, request.prompts_BxP, request.prompt_lengths_B, mesh
+    prefilled = prefill.by_stack(
+        params, config, mesh, request.prompts_BxP, request.prompt_lengths_B
     )
-    state = slots.fresh(slots.unstacked(prefilled.caches, mesh), P, B, response_width)
+    state = slots.fresh(prefilled.caches, P, B, response_width)
     state = state._replace(tokens_BxW=jnp.full_like(state.tokens_BxW, request.pad_id))
     budget = jnp.minimum(request.sampling.max_tokens, response_width)
     rules = Rules(request.sampling._replace(max_tokens=budget), request.stop_ids)

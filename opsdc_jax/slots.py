@@ -10,7 +10,7 @@ already, so attention does not care where in the ring they lie.
 functions below, between which slots are refilled and the ring grows or shrinks.
 
 Shapes: B slots, M prompts prefilled together, P prompt width, W buffer width, S columns of the
-ring, L layers, N key/value heads, K head width, D model width, V vocabulary.
+ring, N key/value heads, K head width, D model width, V vocabulary.
 """
 
 import functools
@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from opsdc_jax import sharding
 from opsdc_jax.models import decode, qwen3
 from opsdc_jax.models.layers import COLUMNS, KVCache, Qwen3Config
-from opsdc_jax.models.qwen3 import Params
+from opsdc_jax.prefill import Prefilled
 from opsdc_jax.rollout import Array
 from opsdc_jax.sampling import SamplingParams, draw, log_probability
 
@@ -69,13 +69,6 @@ class Slots(NamedTuple):
     caches: list[KVCache]
 
 
-class Prefilled(NamedTuple):
-    """Prompts that have run: the last hidden states, and the caches of all layers, stacked."""
-
-    hidden_MxD: jax.Array
-    caches: KVCache
-
-
 class Refill(NamedTuple):
     """Which slots take a new response.
 
@@ -106,27 +99,6 @@ class View(NamedTuple):
     logprobs_BxW: Array
 
 
-def run_prompts(
-    params: Params,
-    config: Qwen3Config,
-    prompts_MxP: jax.Array,
-    lengths_M: jax.Array,
-    mesh: Mesh,
-) -> Prefilled:
-    """Prompts padded on the left, through all layers."""
-    columns = jnp.arange(prompts_MxP.shape[1])
-    first_M = prompts_MxP.shape[1] - lengths_M  # column of each row's first real token
-    hidden_MxPxD, caches = qwen3.prefill(
-        params,
-        config,
-        prompts_MxP,
-        positions_BxT=jnp.maximum(columns - first_M[:, None], 0),
-        valid_BxT=columns >= first_M[:, None],
-        mesh=mesh,
-    )
-    return Prefilled(hidden_MxPxD[:, -1], caches)
-
-
 def fresh(caches: list[KVCache], column: int, rows: int, width: int) -> Slots:
     """Slots without a response; `append` starts them."""
     return Slots(
@@ -142,14 +114,6 @@ def fresh(caches: list[KVCache], column: int, rows: int, width: int) -> Slots:
         logprobs_BxW=jnp.zeros((rows, width), jnp.float32),
         caches=caches,
     )
-
-
-def unstacked(stacked: KVCache, mesh: Mesh) -> list[KVCache]:
-    """The caches of all layers, each for itself."""
-    # Stated: a cache that followed the compiler's choice could be whole on every device.
-    split = sharding.spec(sharding.DECODE_RULES, ("layers", "batch", "kv_heads", None, None))
-    stacked = jax.lax.with_sharding_constraint(stacked, NamedSharding(mesh, split))
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(stacked.keys.shape[0])]
 
 
 def start(
@@ -263,33 +227,6 @@ def empty(config: Qwen3Config, mesh: Mesh, rows: int, columns: int, width: int) 
     return _placed(fresh(caches, 0, rows, width), mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def prefill(
-    params: Params,
-    config: Qwen3Config,
-    mesh: Mesh,
-    prompts_MxP: jax.Array,
-    lengths_M: jax.Array,
-) -> Prefilled:
-    """Runs prompts, for the slots that will take them.
-
-    Args:
-      params: of `decode.prepare`, for prefill.
-
-    Returns:
-      every row on every device that holds a part of its heads: any slot may take it.
-    """
-    done = run_prompts(params, config, prompts_MxP, lengths_M, mesh)
-    split = sharding.spec(sharding.DECODE_RULES, (None, None, "kv_heads", None, None))
-    hidden, caches = (
-        jax.lax.with_sharding_constraint(part, placed)
-        for part, placed in zip(
-            done, (sharding.whole(mesh), NamedSharding(mesh, split)), strict=True
-        )
-    )
-    return Prefilled(hidden, caches)
-
-
 @functools.partial(jax.jit, static_argnames=("mesh", "vocab_size"), donate_argnames="slots")
 def refill(
     weights: decode.Weights,
@@ -309,14 +246,14 @@ def refill(
         slot = refill.slots_B[i]
         source = refill.sources_B[slot]
 
-        def into(layer: int, cache: jax.Array, prompts: jax.Array, axis: int) -> jax.Array:
-            row = jax.lax.dynamic_slice_in_dim(prompts[layer], source, 1, axis=0)
+        def into(cache: jax.Array, prompts: jax.Array, axis: int) -> jax.Array:
+            row = jax.lax.dynamic_slice_in_dim(prompts, source, 1, axis=0)
             ring = jnp.roll(padded(row, axis, before=S - row.shape[axis]), slots.column, axis)
             return jax.lax.dynamic_update_slice_in_dim(cache, ring, slot, axis=0)
 
         return [
-            jax.tree.map(functools.partial(into, layer), cache, prefilled.caches, COLUMNS)
-            for layer, cache in enumerate(caches)
+            jax.tree.map(into, cache, prompts, COLUMNS)
+            for cache, prompts in zip(caches, prefilled.caches, strict=True)
         ]
 
     caches = jax.lax.fori_loop(0, refill.starts, put, slots.caches)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from helpers import ROOT, load_script, random_params
 
-from opsdc_jax import cli, continuous, distill, distributed, sampler, sharding, slots
+from opsdc_jax import cli, continuous, distill, distributed, prefill, sampler, sharding, slots
 from opsdc_jax.config import default_config
 from opsdc_jax.models import decode, qwen3
 from opsdc_jax.models.layers import Qwen3Config
@@ -137,10 +137,10 @@ def segment_programs() -> dict[str, list[str]]:
     mesh = sampler.decode_mesh(model, mesh, 2)
     static = {"mesh": mesh, "vocab_size": model.vocab_size}
     params = jax.device_put(random_params(model, 1))
-    stacked, weights = decode.prepare(params, model, mesh)
+    weights = decode.prepare(params, model, mesh)
     state = slots.empty(model, mesh, ROWS, COLUMNS, 5)
     prompts = np.zeros((4, 6), np.int32), np.full(4, 6, np.int32)
-    prefilled = slots.prefill(stacked, model, mesh, *prompts)
+    prefilled = prefill.by_layers(weights, model, mesh, *prompts)
     start = slots.Refill(
         0,
         *(np.zeros(ROWS, kind) for kind in ("int32", bool, "int32", "int32")),

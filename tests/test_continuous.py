@@ -19,10 +19,11 @@ from test_sampler import (
     training_keys,
 )
 
-from opsdc_jax import continuous, sharding, slots
+from opsdc_jax import continuous, prefill, sharding, slots
 from opsdc_jax.continuous import Layout
 from opsdc_jax.metrics import CompileCounter
 from opsdc_jax.models import decode, qwen3
+from opsdc_jax.rollout import left_pad
 from opsdc_jax.sampling import SamplingParams
 
 SLOTS = 4
@@ -135,12 +136,76 @@ def test_weights_that_lie_as_decoding_wants_them_are_not_copied():
     model = load("untied")
     mesh = host_sampler(model).mesh
     given = jax.device_put(model.params, qwen3.shardings(model.config, mesh, sharding.DECODE_RULES))
-    stacked, weights = decode.prepare(given, model.config, mesh)
-    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a is b, stacked, given)))
-    assert "layers" not in weights.params
+    weights = decode.prepare(given, model.config, mesh)
+    same = jax.tree.map(lambda a, b: a is b, weights.params, decode.outside_layers(given))
+    assert jax.tree.all(same)
     half = dataclasses.replace(model.config, compute_dtype="bfloat16")
-    cast = jax.tree.leaves(decode.prepare(given, half, mesh)[0])
+    cast = jax.tree.leaves(decode.prepare(given, half, mesh))
     assert {leaf.dtype.name for leaf in cast} == {"bfloat16"}
+
+
+def test_layers_are_there_once_while_prompts_wait(monkeypatch):
+    """In compute dtype, beside the rings and the prompts that are next in line."""
+    model = load("untied")
+    half = dataclasses.replace(model.config, compute_dtype="bfloat16")
+    params = jax.device_put(model.params)
+
+    def held():
+        return sum(leaf.nbytes for leaf in jax.live_arrays() if leaf.dtype == half.compute_dtype)
+
+    def size(tree):
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+    seen, advance = [], slots.advance
+
+    def noted(weights, config, state, *args, **static):
+        beside = held() - before - size(weights) - size(state.caches)
+        seen.append(beside / size(weights.layers))
+        return advance(weights, config, state, *args, **static)
+
+    monkeypatch.setattr(slots, "advance", noted)
+    sampler = dataclasses.replace(host_sampler(model), model=half, slots=SLOTS)
+    before = held()
+    sampler(params, model.inputs.prompts, training_keys(np.arange(ROWS)), SamplingParams())
+    assert len(seen) > ROWS // SLOTS
+    assert max(seen) < 0.5
+
+
+def test_a_prefill_by_the_weights_of_decoding_is_that_by_the_stack():
+    model = load("untied")
+    config, mesh = model.config, host_sampler(model).mesh
+    params = jax.device_put(model.params)
+    lengths = np.array([len(prompt) for prompt in model.inputs.prompts], np.int32)
+    given = left_pad(model.inputs.prompts, PROMPT_WIDTH, PAD_ID), lengths
+    by_stack = jax.jit(prefill.by_stack, static_argnames=("config", "mesh"))
+    expected = by_stack(params, config, mesh, *given)
+    got = prefill.by_layers(decode.prepare(params, config, mesh), config, mesh, *given)
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    np.testing.assert_allclose(got.hidden_MxD, expected.hidden_MxD, rtol=1e-5, atol=1e-5)
+    real = np.arange(PROMPT_WIDTH) >= PROMPT_WIDTH - lengths[:, None]
+    for ours, theirs in zip(got.caches, expected.caches, strict=True):
+        for name, axis in ours._replace(keys=3, values=2)._asdict().items():
+            a, b = (np.moveaxis(getattr(cache, name), axis, 1)[real] for cache in (ours, theirs))
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_deep_model_prepares_and_prefills_by_no_more_programs():
+    model = load("untied")
+    mesh = host_sampler(model).mesh
+
+    def programs(layers):
+        config = dataclasses.replace(model.config, num_hidden_layers=layers)
+        params = jax.jit(qwen3.init_params, static_argnums=0)(config, jax.random.key(0))
+        given = sharding.place(
+            (np.ones((SLOTS, PROMPT_WIDTH), np.int32), np.full(SLOTS, 3, np.int32)),
+            sharding.whole(mesh),
+        )
+        counter = CompileCounter()
+        weights = decode.prepare(params, config, mesh)
+        prefill.by_layers(weights, config, mesh, *given)
+        return counter.count
+
+    assert programs(5) == programs(7) > 0
 
 
 def test_neither_order_nor_number_of_prompts_changes_a_response():
@@ -158,13 +223,13 @@ def test_equal_prompts_are_prefilled_once_and_answered_as_if_alone(monkeypatch):
     prompts = [list(model.inputs.prompts[row]) for row in (2, *[4] * 9, *[9] * 6)]
     keys = training_keys(np.arange(len(prompts)))
     expected = host_sampler(model, stop)(model.params, prompts, keys, SamplingParams())
-    runs, prefill = [], slots.prefill
+    runs, by_layers = [], prefill.by_layers
 
     def counted(*args):
         runs.append(np.asarray(args[3]))
-        return prefill(*args)
+        return by_layers(*args)
 
-    monkeypatch.setattr(slots, "prefill", counted)
+    monkeypatch.setattr(prefill, "by_layers", counted)
     got = continuously(SamplingParams(), stop=stop, rows=np.arange(len(prompts)), prompts=prompts)
     assert_same(got, jax.device_get(expected))
     assert len({tuple(row) for row in got.tokens_BxR[1:10]}) == 9

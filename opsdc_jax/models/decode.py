@@ -9,11 +9,12 @@ Shapes: B rows, S cache slots, D model width, H query heads, N key/value heads, 
 width, F feed-forward width, V vocabulary.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from opsdc_jax import sharding
 from opsdc_jax.models import attention, qwen3
@@ -39,6 +40,20 @@ class DecodeLayer(NamedTuple):
     down_DxF: jax.Array
 
 
+# Logical axes of a layer's arrays, by field.
+_AXES: Mapping[str, tuple[str | None, ...]] = {
+    "attention_norm_D": ("embed",),
+    "query_HxKxD": ("heads", "head_dim", "embed"),
+    "key_value_2xNxKxD": (None, "kv_heads", "head_dim", "embed"),
+    "query_norm_K": ("head_dim",),
+    "key_norm_K": ("head_dim",),
+    "out_DxHxK": ("embed", "heads", "head_dim"),
+    "mlp_norm_D": ("embed",),
+    "gate_up_2xFxD": (None, "mlp", "embed"),
+    "down_DxF": ("embed", "mlp"),
+}
+
+
 class Weights(NamedTuple):
     """What a token reads: the parameters in compute dtype and decoding's layout.
 
@@ -52,7 +67,7 @@ class Weights(NamedTuple):
 
 
 def for_decoding(params: Params, config: Qwen3Config, mesh: Mesh) -> Params:
-    """The parameters in compute dtype and decoding's layout.
+    """Parameters, all or some, in compute dtype and split over the mesh as in decoding.
 
     In two moves: first the heads (and feed-forward width, and vocabulary) are split as they will
     be, by all-to-alls, then `embed` is gathered. Asked for both at once, the compiler gathers every
@@ -61,6 +76,7 @@ def for_decoding(params: Params, config: Qwen3Config, mesh: Mesh) -> Params:
     params = jax.tree.map(lambda leaf: leaf.astype(config.compute_dtype), params)
     for rules in ({**sharding.DECODE_RULES, "embed": "fsdp"}, sharding.DECODE_RULES):
         placed = qwen3.shardings(config, mesh, rules)
+        placed = {name: placed[name] for name in params}
         params = jax.lax.with_sharding_constraint(params, placed)
     return params
 
@@ -89,35 +105,83 @@ def unstack_layers(params: Params, config: Qwen3Config) -> list[DecodeLayer]:
             down_DxF=mlp["down"].T,
         )
 
-    return [layer(i) for i in range(config.num_hidden_layers)]
+    return [layer(i) for i in range(jax.tree.leaves(params["layers"])[0].shape[0])]
 
 
-def prepare(params: Params, config: Qwen3Config, mesh: Mesh) -> tuple[Params, Weights]:
-    """The weights of a call, made once: for prefill, and for decoding.
+def prepare(params: Params, config: Qwen3Config, mesh: Mesh) -> Weights:
+    """The weights of a call, made once, a layer at a time: no stack in compute dtype exists.
 
-    For prefill they are the given arrays, if these have the dtype and the layout.
+    Parameters outside of the layers are the given arrays, if these have the dtype and the layout.
     """
+    places = qwen3.shardings(config, mesh, sharding.DECODE_RULES)
+    rest = outside_layers(params)
     ready = jax.tree.map(
         lambda leaf, place: (
             isinstance(leaf, jax.Array)
             and leaf.dtype == config.compute_dtype
             and leaf.sharding.is_equivalent_to(place, leaf.ndim)
         ),
-        params,
-        qwen3.shardings(config, mesh, sharding.DECODE_RULES),
+        rest,
+        outside_layers(places),
     )
     if not all(jax.tree.leaves(ready)):
-        params = _for_decoding(params, config, mesh)
-    return params, Weights(outside_layers(params), _unstack_layers(params, config))
+        rest = _for_decoding(rest, config, mesh)
+    numbers = sharding.place(list(range(config.num_hidden_layers)), sharding.whole(mesh))
+    return Weights(rest, [_layer(params["layers"], config, mesh, i) for i in numbers])
+
+
+def layer_for_decoding(
+    stacked: Params, config: Qwen3Config, mesh: Mesh, number: jax.Array | int
+) -> DecodeLayer:
+    """One layer out of the stack of all."""
+    one = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, number, 1), stacked)
+    (layer,) = unstack_layers(for_decoding({"layers": one}, config, mesh), config)
+    return jax.lax.with_sharding_constraint(layer, layer_placements(mesh))
+
+
+def layer_placements(mesh: Mesh) -> Any:
+    """A `DecodeLayer` with a `NamedSharding` for each array."""
+    placed: Any = {
+        name: NamedSharding(mesh, sharding.spec(sharding.DECODE_RULES, axes))
+        for name, axes in _AXES.items()
+    }
+    return DecodeLayer(**placed)
 
 
 _for_decoding = jax.jit(for_decoding, static_argnames=("config", "mesh"))
-_unstack_layers = jax.jit(unstack_layers, static_argnames="config")
+_layer = jax.jit(layer_for_decoding, static_argnames=("config", "mesh"))
 
 
 def outside_layers(params: Params) -> Params:
     """The parameters that belong to no layer."""
     return {name: leaf for name, leaf in params.items() if name != "layers"}
+
+
+def prefill_layer(
+    layer: DecodeLayer,
+    config: Qwen3Config,
+    x_BxTxD: jax.Array,
+    rotary: tuple[jax.Array, ...],
+    valid_BxT: jax.Array,
+    mesh: Mesh | None,
+) -> tuple[jax.Array, KVCache]:
+    """One layer of `qwen3.prefill`, by the weights of decoding: no others need be held for it."""
+    key_DxNxK, value_DxNxK = jnp.moveaxis(layer.key_value_2xNxKxD, -1, 1)
+    gate_DxF, up_DxF = jnp.swapaxes(layer.gate_up_2xFxD, 1, 2)
+    params = {
+        "attention_norm": {"scale": layer.attention_norm_D},
+        "attention": {
+            "query": jnp.moveaxis(layer.query_HxKxD, -1, 0),
+            "key": key_DxNxK,
+            "value": value_DxNxK,
+            "out": jnp.moveaxis(layer.out_DxHxK, 0, -1),
+            "query_norm": {"scale": layer.query_norm_K},
+            "key_norm": {"scale": layer.key_norm_K},
+        },
+        "mlp_norm": {"scale": layer.mlp_norm_D},
+        "mlp": {"gate": gate_DxF, "up": up_DxF, "down": layer.down_DxF.T},
+    }
+    return qwen3.run_layer(params, config, x_BxTxD, rotary, valid_BxT, mesh)
 
 
 def token_tables(config: Qwen3Config, position_B: jax.Array) -> tuple[jax.Array, ...]:

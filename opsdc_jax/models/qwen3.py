@@ -76,21 +76,24 @@ class Qwen3(nnx.Module):
         )
         layer_def, layers = nnx.split(self.layers)
 
-        def placed(x: jax.Array) -> jax.Array:
-            if mesh is None or mesh.size == 1:
-                return x
-            return jax.lax.with_sharding_constraint(x, sharding.between_layers(mesh, x.shape[1]))
-
         def body(x: jax.Array, layer: Any) -> tuple[jax.Array, KVCache | None]:
             x, cache = nnx.merge(layer_def, layer)(x, rotary, attend)
-            return placed(x), cache if keep else None
+            return between_layers(x, mesh), cache if keep else None
 
         if config.remat != "none":
             policy = REMAT_POLICIES[config.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        x = placed(embedded_BxTxD.astype(config.compute_dtype))
+        x = between_layers(embedded_BxTxD.astype(config.compute_dtype), mesh)
         x, caches = jax.lax.scan(body, x, layers, unroll=unrolled)
         return self.final_norm(x), caches
+
+
+def between_layers(x_BxTxD: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Hidden states, split over the mesh as `sharding.between_layers` says."""
+    if mesh is None or mesh.size == 1:
+        return x_BxTxD
+    placed = sharding.between_layers(mesh, x_BxTxD.shape[1])
+    return jax.lax.with_sharding_constraint(x_BxTxD, placed)
 
 
 def _unrolls(config: Qwen3Config, mesh: Mesh | None) -> bool:
@@ -238,13 +241,43 @@ def prefill(
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Like `forward`, and the caches of all layers stacked, of T columns each."""
-    attend = functools.partial(
-        attention.attention, implementation=config.attention, valid_BxT=valid_BxT, mesh=mesh
-    )
+    attend = _attend_valid(config, valid_BxT, mesh)
     embedded_BxTxD = embed(params, tokens_BxT)
     hidden, caches = _run(params, config, embedded_BxTxD, positions_BxT, attend, mesh, keep=True)
     assert caches is not None
     return hidden, caches
+
+
+def run_layer(
+    params: Params,
+    config: Qwen3Config,
+    x_BxTxD: jax.Array,
+    rotary: tuple[jax.Array, ...],
+    valid_BxT: jax.Array,
+    mesh: Mesh | None,
+) -> tuple[jax.Array, KVCache]:
+    """One layer of `prefill`.
+
+    Args:
+      params: of this layer alone, as in `init_params`, but without the leading axis.
+      rotary: `rotary_tables` of the positions.
+    """
+    x_BxTxD, cache = nnx.merge(_described_layer(config), params)(
+        x_BxTxD, rotary, _attend_valid(config, valid_BxT, mesh)
+    )
+    return between_layers(x_BxTxD, mesh), cache
+
+
+@functools.lru_cache(maxsize=64)
+def _described_layer(config: Qwen3Config) -> nnx.GraphDef:
+    """The static part of one layer."""
+    return nnx.graphdef(nnx.eval_shape(lambda: DecoderLayer(config, nnx.Rngs(0))))
+
+
+def _attend_valid(config: Qwen3Config, valid_BxT: jax.Array, mesh: Mesh | None) -> Attend:
+    return functools.partial(
+        attention.attention, implementation=config.attention, valid_BxT=valid_BxT, mesh=mesh
+    )
 
 
 def _run(

@@ -167,8 +167,9 @@ def make_plan(
     But few: the token views (log.token_views) take less than a micro-batch, see token_view.py. Of
     continuous batching (evaluation, and rollouts in segments) it compiles a segment with the
     largest cache, and beside it the prefill where prompts wait for a slot. Where none waits, all
-    prompts run beside the smallest cache, a quarter of the rows at a time: not counted, nor are a
-    refill, which works on one row, and a new size, which works on one layer.
+    prompts run beside the smallest cache, a quarter of the rows at a time: not counted, nor are the
+    weights' way into decoding's layout, a layer at a time before there is a cache, a refill, which
+    works on one row, and a new size, which works on one layer.
 
     Args:
       settings: a validated configuration; not changed.

@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from opsdc_jax import continuous, distill, rollout, sampler, sampling, sharding, slots
+from opsdc_jax import continuous, distill, prefill, rollout, sampler, sampling, sharding, slots
 from opsdc_jax.config import get
 from opsdc_jax.models import decode, qwen3
 from opsdc_jax.models.layers import Qwen3Config
@@ -209,7 +209,7 @@ def _generate(
         stop_ids=np.zeros(2, np.int32),
         pad_id=0,
     )
-    weights = _decode_weights(like, model, mesh)
+    weights = _decode_weights(like.student, model, mesh)
     cache = jax.ShapeDtypeStruct(
         (2 * model.num_hidden_layers, B, model.num_key_value_heads, P + width, model.head_dim),
         model.compute_dtype,
@@ -245,9 +245,9 @@ def _segment(
     It counts as if it decoded all `width` tokens.
 
     Args:
-      refilled: whether there are more prompts than slots. The stacked layers then stay, and a
-        prefill (of a quarter of the slots) runs beside the ring. Else all prompts run first, beside
-        the shortest ring, which is not counted.
+      refilled: whether there are more prompts than slots: a prefill (of a quarter of the slots)
+        then runs beside the ring. Else all prompts run first, beside the shortest ring, which is
+        not counted.
     """
     model, settings = _model(spec), spec["settings"]
     mesh = sampler.decode_mesh(model, mesh, settings["mesh.decode_tensor"])
@@ -267,7 +267,12 @@ def _segment(
     )
     placed = zip(state, slots.placements(mesh), strict=True)
     state = slots.Slots(*(_lying(part, place) for part, place in placed))
-    weights = _decode_weights(like, model, mesh)
+    outside = _decode_weights(decode.outside_layers(like.student), model, mesh)
+    layer = jax.eval_shape(
+        lambda stacked: decode.layer_for_decoding(stacked, model, mesh, 0), like.student["layers"]
+    )
+    layer = jax.tree.map(_lying, layer, decode.layer_placements(mesh))
+    weights = decode.Weights(outside, [layer] * model.num_hidden_layers)
     parts = {
         "decode_weights": memory.device_bytes(weights),
         "kv_cache": memory.device_bytes(state.caches),
@@ -282,16 +287,12 @@ def _segment(
             model.compute_dtype,
             sharding=NamedSharding(mesh, heads),
         )
-        parts |= {
-            "prefill_weights": memory.device_bytes(weights["layers"]),
-            "prompts": memory.device_bytes(caches),
-        }
+        parts["prompts"] = memory.device_bytes(caches)
     rules = slots.Rules(sampling.SamplingParams(), np.zeros(2, np.int32))
     return Program(
-        _prepared_segment,
-        (like.student, model, state, rules, prompts),
+        _prefill_and_segment,
+        (weights, model, state, rules, prompts),
         {"mesh": mesh, "vocab_size": spec["vocab_size"]},
-        state=(like.student,),
         parts=parts,
         steps=width,
     )
@@ -300,8 +301,8 @@ def _segment(
 @functools.partial(
     jax.jit, static_argnames=("model", "mesh", "vocab_size"), donate_argnames="state"
 )
-def _prepared_segment(
-    params: qwen3.Params,
+def _prefill_and_segment(
+    weights: decode.Weights,
     model: Qwen3Config,
     state: slots.Slots,
     rules: slots.Rules,
@@ -310,24 +311,19 @@ def _prepared_segment(
     mesh: Mesh,
     vocab_size: int,
 ) -> Any:
-    """Programs of a run as one: so the compiler says how what lies between them is split.
-
-    What it returns stays beside all of them.
-    """
-    params = decode.for_decoding(params, model, mesh)
-    weights = decode.Weights(decode.outside_layers(params), decode.unstack_layers(params, model))
-    kept = None if prompts is None else (params, slots.prefill(params, model, mesh, *prompts))
+    """Programs of a run as one: what the first returns stays beside the second."""
+    kept = None if prompts is None else prefill.by_layers(weights, model, mesh, *prompts)
     advanced = slots.advance(weights, model, state, rules, mesh=mesh, vocab_size=vocab_size)
-    return weights, kept, advanced
+    return kept, advanced
 
 
-def _decode_weights(like: distill.TrainState, model: Qwen3Config, mesh: Mesh) -> qwen3.Params:
-    """Stands for the student in compute dtype and decoding's layout."""
+def _decode_weights(params: qwen3.Params, model: Qwen3Config, mesh: Mesh) -> qwen3.Params:
+    """Stands for parameters, all or some, in compute dtype and split as in decoding."""
     placed = qwen3.shardings(model, mesh, sharding.DECODE_RULES)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, model.compute_dtype, sharding=place),
-        like.student,
-        placed,
+        params,
+        {name: placed[name] for name in params},
     )
 
 

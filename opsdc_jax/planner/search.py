@@ -20,7 +20,7 @@ ROWS = {
 }
 
 # Parts of a rollout's memory that fewer rows leave.
-_OF_A_ROLLOUT = ("weights", "decode_weights", "prefill_weights")
+_OF_A_ROLLOUT = ("weights", "decode_weights")
 
 
 def smallest(

@@ -13,7 +13,6 @@ _PARTS = {
     "gradients": "accumulated over micro-batches",
     "activations": "temporaries of one micro-batch, logits included",
     "decode_weights": "student in compute dtype, laid out for decoding",
-    "prefill_weights": "its layers once more, stacked, for prompts",
     "kv_cache": "keys and values of the rollout",
     "prompts": "keys and values of the prompts that are next in line",
 }
@@ -54,8 +53,9 @@ holds them too. In brackets: the KV cache of a rollout. A device offers its memo
 compilation. Step: the least seconds of an optimizer step whose rollouts all use their budget, at
 the peak FLOPs and memory bandwidth of the device, without communication; a bound, not a forecast.
 Assumed: what to pass to the run (`--config.KEY=VALUE`) besides the mesh.
-Not counted, of sampling in segments: a refill (works on one row), another size of the cache (one
-layer twice), and, where every rollout has a slot, the prefill (beside the smallest cache).
+Not counted, of sampling in segments: the weights' way into decoding's layout (a layer at a time,
+before there is a cache), a refill (works on one row), another size of the cache (one layer twice),
+and, where every rollout has a slot, the prefill (beside the smallest cache).
 
 | {" | ".join(_COLUMNS)} |
 |{"---|" * len(_COLUMNS)}"""
@@ -78,7 +78,7 @@ def as_text(plan: Plan, changes: Sequence[str]) -> str:
         *map(_phase_line, plan.phases),
         *(f"  {phase.name}: {phase.error}" for phase in plan.phases if phase.error),
         "",
-        "collectives of one run, on each device",
+        "collectives of one run, on each device (of segments: once the weights are laid out)",
         *(f"  {phase.name:12}{_collectives(phase)}" for phase in plan.phases),
         "",
         verdict(plan),

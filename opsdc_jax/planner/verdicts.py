@@ -34,6 +34,7 @@ SOURCES = (
     "planner/memory.py",
     "planner/programs.py",
     "planner/roofline.py",
+    "prefill.py",
     "rollout.py",
     "sampler.py",
     "sampling.py",
