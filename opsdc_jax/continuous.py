@@ -28,11 +28,11 @@ LEAST_COLUMNS = 256  # of a ring: a shorter one saves less than its programs cos
 
 
 def ring_columns(longest_prompt: int, response_width: int, segment: int) -> tuple[int, ...]:
-    """The sizes of the ring, ascending: whole contexts; and halves, down to an eighth."""
+    """The sizes of the ring, ascending: an eighth of whole contexts, quarter, half, 3/4, all."""
     whole = longest_prompt + response_width
     unit = 128 if whole >= 1024 else 8  # what kernels like
     least = max(longest_prompt + segment, LEAST_COLUMNS)
-    parts = (math.ceil(max(whole / part, least) / unit) * unit for part in (2, 4, 8))
+    parts = (math.ceil(max(whole / part, least) / unit) * unit for part in (4 / 3, 2, 4, 8))
     return tuple(sorted({whole, *(size for size in parts if size < whole)}))
 
 

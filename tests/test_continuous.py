@@ -320,9 +320,9 @@ def layout(**sizes):
 @pytest.mark.parametrize(
     ("prompt", "response", "columns"),
     [
-        (40, 160, (72, 104, 200)),
-        (1024, 30_000, (3968, 7808, 15_616, 31_024)),
-        (12, 64, (48, 76)),
+        (40, 160, (72, 104, 152, 200)),
+        (1024, 30_000, (3968, 7808, 15_616, 23_296, 31_024)),
+        (12, 64, (48, 64, 76)),
         (40, 8, (48,)),
     ],
 )
@@ -351,14 +351,16 @@ def test_few_responses_take_fewer_slots(slots, responses, parts, rows):
 def test_the_ring_follows_the_longest_context_and_does_not_waver():
     """It grows in time for a segment, and shrinks where it would hold for one more."""
     sizes = layout()
-    assert sizes.columns == (72, 104, 200)
-    longest_then_columns = [(40, 72), (41, 104), (72, 104), (73, 200), (200, 200)]
-    for longest, columns in longest_then_columns:
+    assert sizes.columns == (72, 104, 152, 200)
+    grown = [(40, 72), (41, 104), (72, 104), (73, 152), (120, 152), (121, 200), (200, 200)]
+    for longest, columns in grown:
         ring = 72
         while (new := sizes.next_columns(ring, longest)) != ring:
             ring = new
         assert ring == columns, longest
-    assert sizes.next_columns(200, 72) == 200
-    assert sizes.next_columns(200, 40) == 104
+    assert sizes.next_columns(200, 89) == 200
+    assert sizes.next_columns(200, 88) == 152
+    assert sizes.next_columns(152, 41) == 152
+    assert sizes.next_columns(152, 40) == 104
     assert sizes.next_columns(104, 40) == 104
     assert sizes.next_columns(104, 8) == 72
