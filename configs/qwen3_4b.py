@@ -1,7 +1,7 @@
 """Qwen3-4B on DAPO-Math-17k, the paper's settings for 8B and 14B.
 
 Command:   python scripts/train.py --config configs/qwen3_4b.py --workdir runs/qwen3_4b
-Hardware:  a TPU slice v5e:2x4, of whose 15.75 GiB a chip it takes 14.81 at the peak, if the
+Hardware:  a TPU slice v5e:2x4, of whose 15.75 GiB a chip it takes 14.34 at the peak, if the
            command goes on with --config.eval.batch_size=8 --config.train.micro_batch_size=8.
            `python scripts/plan.py --config configs/qwen3_4b.py --topology v5e:2x4` and the same
            shows it without a TPU. Other slices and what they take: docs/hardware.md. Not yet run
