@@ -160,7 +160,6 @@ def segments(
     model, mesh, whole = layout.model, layout.mesh, sharding.whole(layout.mesh)
     static = {"mesh": mesh, "vocab_size": layout.vocab_size}
     weights = decode.prepare(params, model, mesh)
-    del params  # a copy of the caller's need not live as long as this call
     columns = layout.columns[0]
     state = slots.empty(model, mesh, layout.rows, columns, layout.segment + 1)
     books = _Books(prompts, keys_NxU, layout.rows)

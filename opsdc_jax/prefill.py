@@ -74,6 +74,12 @@ def by_layers(
     return Prefilled(_out_of_layers(weights.params, config, mesh, x_MxPxD), caches)
 
 
+def cache_placement(mesh: Mesh) -> NamedSharding:
+    """Of what `by_layers` returns for a layer."""
+    split = sharding.spec(sharding.DECODE_RULES, (None, "kv_heads", None, None))
+    return NamedSharding(mesh, split)
+
+
 def _positions(prompts_MxP: jax.Array, lengths_M: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The position of each token in its prompt, and which tokens are real."""
     columns = jnp.arange(prompts_MxP.shape[1])
@@ -101,9 +107,9 @@ def _through_layer(
     rotary: tuple[jax.Array, ...],
     valid_MxP: jax.Array,
 ) -> tuple[jax.Array, KVCache]:
-    x_MxPxD, cache = decode.prefill_layer(layer, config, x_MxPxD, rotary, valid_MxP, mesh)
-    split = sharding.spec(sharding.DECODE_RULES, (None, "kv_heads", None, None))
-    return x_MxPxD, jax.lax.with_sharding_constraint(cache, NamedSharding(mesh, split))
+    params = decode.as_trained(layer)
+    x_MxPxD, cache = qwen3.run_layer(params, config, x_MxPxD, rotary, valid_MxP, mesh)
+    return x_MxPxD, jax.lax.with_sharding_constraint(cache, cache_placement(mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))

@@ -228,7 +228,7 @@ def make_evaluator(
 
 
 def load(settings: ConfigDict, model: Model, mesh: Mesh) -> qwen3.Params:
-    """Reads a model's weights as decoding wants them: the sampler makes no copy for its prefill.
+    """Reads a model's weights, cast and split as decoding wants them.
 
     Args:
       mesh: of decoding.

@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
         pad_id=tokenizer.pad_token_id,
     )
     cli.use_compilation_cache()
-    # As decoding wants them: the sampler makes no copy for its prefill.
+    # Cast and split as decoding wants them.
     shardings = qwen3.shardings(config, decoding, sharding.DECODE_RULES)
     params = weights.load_params(folder, config, shardings=shardings, dtype=args.dtype)
     keys = sequence_keys(args.seed, EVAL_STREAM, 0, np.zeros(len(sides), int))

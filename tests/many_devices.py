@@ -130,13 +130,13 @@ def segment_programs() -> dict[str, list[str]]:
     """What is exchanged in the programs of continuous batching, rows over 4 devices, heads over 2.
 
     Returns:
-      the shapes that each program gathers, permutes or reduces; in `advance`, within its loop.
+      the shapes that each program gathers, permutes or reduces; "layout" is of a layer's weights.
     """
     model = dataclasses.replace(EIGHT, num_key_value_heads=2)
-    mesh = sharding.make_mesh({"replica": 1, "fsdp": 8, "tensor": 1})
-    mesh = sampler.decode_mesh(model, mesh, 2)
+    training = sharding.make_mesh({"replica": 1, "fsdp": 8, "tensor": 1})
+    mesh = sampler.decode_mesh(model, training, 2)
     static = {"mesh": mesh, "vocab_size": model.vocab_size}
-    params = jax.device_put(random_params(model, 1))
+    params = jax.device_put(random_params(model, 1), qwen3.shardings(model, training))
     weights = decode.prepare(params, model, mesh)
     state = slots.empty(model, mesh, ROWS, COLUMNS, 5)
     prompts = np.zeros((4, 6), np.int32), np.full(4, 6, np.int32)
@@ -148,6 +148,7 @@ def segment_programs() -> dict[str, list[str]]:
     )
     rules = slots.Rules(SamplingParams(), np.zeros(2, np.int32))
     texts = {
+        "layout": decode.lay_out_layer.lower(params["layers"], model, mesh, np.int32(0)),
         "refill": slots.refill.lower(weights, state, prefilled, start, rules, **static),
         "advance": slots.advance.lower(weights, model, state, rules, **static),
         "resize": slots.resize.lower(

@@ -132,7 +132,7 @@ def test_long_contexts_go_in_segments_also_where_every_row_has_a_slot(monkeypatc
     assert columns[0] < columns[-1] == PROMPT_WIDTH + NEW_TOKENS
 
 
-def test_weights_that_lie_as_decoding_wants_them_are_not_copied():
+def test_embeddings_that_lie_as_decoding_wants_them_are_not_copied():
     model = load("untied")
     mesh = host_sampler(model).mesh
     given = jax.device_put(model.params, qwen3.shardings(model.config, mesh, sharding.DECODE_RULES))
@@ -169,6 +169,14 @@ def test_layers_are_there_once_while_prompts_wait(monkeypatch):
     sampler(params, model.inputs.prompts, training_keys(np.arange(ROWS)), SamplingParams())
     assert len(seen) > ROWS // SLOTS
     assert max(seen) < 0.5
+
+
+def test_a_layer_laid_out_for_decoding_is_the_trained_one():
+    """To the last bit, each in its place."""
+    model = load("untied")
+    weights = decode.prepare(model.params, model.config, host_sampler(model).mesh)
+    got = jax.tree.map(lambda *layers: np.stack(layers), *map(decode.as_trained, weights.layers))
+    jax.tree.map(np.testing.assert_array_equal, got, model.params["layers"])
 
 
 def test_a_prefill_by_the_weights_of_decoding_is_that_by_the_stack():

@@ -1,6 +1,7 @@
 """8 host devices on any mesh, and two processes of 4 each, give what one device gives."""
 
 import json
+import math
 import os
 import re
 import socket
@@ -157,6 +158,16 @@ def test_neither_a_refill_nor_another_size_moves_the_cache_between_devices(progr
     exchanged = [shape for shapes in segments.values() for shape in shapes]
     for columns in (many_devices.COLUMNS, many_devices.COLUMNS // 2):
         assert not [shape for shape in exchanged if str(columns) in re.findall(r"\d+", shape)]
+
+
+def test_no_weight_travels_whole_to_where_it_decodes(programs):
+    """Split by heads or width first: half of a layer's largest is the most that anyone gathers."""
+    model = many_devices.EIGHT
+    shapes = programs["segments"]["layout"]
+    assert shapes
+    arrays = [dims for shape in shapes for dims in re.findall(r"\[([\d,]+)\]", shape)]
+    sizes = [math.prod(map(int, dims.split(","))) for dims in arrays]
+    assert max(sizes) <= model.hidden_size * model.intermediate_size // 2
 
 
 def test_no_segment_exchanges_logits(programs):

@@ -1,4 +1,4 @@
-"""Qwen3 one token at a time: what decoding does otherwise than `qwen3.forward`.
+"""Qwen3 one token at a time: what decoding does otherwise than `qwen3.forward`, and its weights.
 
 A decode step multiplies every weight by few rows, so reading the weights is what it costs. They are
 laid out for it once a call: each layer's for itself, outputs first, those of one input side by
@@ -59,7 +59,7 @@ class Weights(NamedTuple):
 
     Attributes:
       params: those outside of the layers.
-      layers: `unstack_layers`.
+      layers: one for each, in their order.
     """
 
     params: Params
@@ -108,6 +108,25 @@ def unstack_layers(params: Params, config: Qwen3Config) -> list[DecodeLayer]:
     return [layer(i) for i in range(jax.tree.leaves(params["layers"])[0].shape[0])]
 
 
+def as_trained(layer: DecodeLayer) -> Params:
+    """One layer's parameters as in `qwen3.init_params`, without the leading axis."""
+    key_DxNxK, value_DxNxK = jnp.moveaxis(layer.key_value_2xNxKxD, -1, 1)
+    gate_DxF, up_DxF = jnp.swapaxes(layer.gate_up_2xFxD, 1, 2)
+    return {
+        "attention_norm": {"scale": layer.attention_norm_D},
+        "attention": {
+            "query": jnp.moveaxis(layer.query_HxKxD, -1, 0),
+            "key": key_DxNxK,
+            "value": value_DxNxK,
+            "out": jnp.moveaxis(layer.out_DxHxK, 0, -1),
+            "query_norm": {"scale": layer.query_norm_K},
+            "key_norm": {"scale": layer.key_norm_K},
+        },
+        "mlp_norm": {"scale": layer.mlp_norm_D},
+        "mlp": {"gate": gate_DxF, "up": up_DxF, "down": layer.down_DxF.T},
+    }
+
+
 def prepare(params: Params, config: Qwen3Config, mesh: Mesh) -> Weights:
     """The weights of a call, made once, a layer at a time: no stack in compute dtype exists.
 
@@ -127,14 +146,14 @@ def prepare(params: Params, config: Qwen3Config, mesh: Mesh) -> Weights:
     if not all(jax.tree.leaves(ready)):
         rest = _for_decoding(rest, config, mesh)
     numbers = sharding.place(list(range(config.num_hidden_layers)), sharding.whole(mesh))
-    return Weights(rest, [_layer(params["layers"], config, mesh, i) for i in numbers])
+    return Weights(rest, [lay_out_layer(params["layers"], config, mesh, i) for i in numbers])
 
 
 def layer_for_decoding(
-    stacked: Params, config: Qwen3Config, mesh: Mesh, number: jax.Array | int
+    layers: Params, config: Qwen3Config, mesh: Mesh, number: jax.Array | int
 ) -> DecodeLayer:
-    """One layer out of the stack of all."""
-    one = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, number, 1), stacked)
+    """One layer out of `params["layers"]`, the stack of all."""
+    one = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, number, 1), layers)
     (layer,) = unstack_layers(for_decoding({"layers": one}, config, mesh), config)
     return jax.lax.with_sharding_constraint(layer, layer_placements(mesh))
 
@@ -149,39 +168,12 @@ def layer_placements(mesh: Mesh) -> Any:
 
 
 _for_decoding = jax.jit(for_decoding, static_argnames=("config", "mesh"))
-_layer = jax.jit(layer_for_decoding, static_argnames=("config", "mesh"))
+lay_out_layer = jax.jit(layer_for_decoding, static_argnames=("config", "mesh"))
 
 
 def outside_layers(params: Params) -> Params:
     """The parameters that belong to no layer."""
     return {name: leaf for name, leaf in params.items() if name != "layers"}
-
-
-def prefill_layer(
-    layer: DecodeLayer,
-    config: Qwen3Config,
-    x_BxTxD: jax.Array,
-    rotary: tuple[jax.Array, ...],
-    valid_BxT: jax.Array,
-    mesh: Mesh | None,
-) -> tuple[jax.Array, KVCache]:
-    """One layer of `qwen3.prefill`, by the weights of decoding: no others need be held for it."""
-    key_DxNxK, value_DxNxK = jnp.moveaxis(layer.key_value_2xNxKxD, -1, 1)
-    gate_DxF, up_DxF = jnp.swapaxes(layer.gate_up_2xFxD, 1, 2)
-    params = {
-        "attention_norm": {"scale": layer.attention_norm_D},
-        "attention": {
-            "query": jnp.moveaxis(layer.query_HxKxD, -1, 0),
-            "key": key_DxNxK,
-            "value": value_DxNxK,
-            "out": jnp.moveaxis(layer.out_DxHxK, 0, -1),
-            "query_norm": {"scale": layer.query_norm_K},
-            "key_norm": {"scale": layer.key_norm_K},
-        },
-        "mlp_norm": {"scale": layer.mlp_norm_D},
-        "mlp": {"gate": gate_DxF, "up": up_DxF, "down": layer.down_DxF.T},
-    }
-    return qwen3.run_layer(params, config, x_BxTxD, rotary, valid_BxT, mesh)
 
 
 def token_tables(config: Qwen3Config, position_B: jax.Array) -> tuple[jax.Array, ...]:
@@ -202,7 +194,7 @@ def decode_step(
     """One token of every sequence through all layers.
 
     Args:
-      layers: `unstack_layers(params, config)`.
+      params, layers: of `Weights`.
       rotary: `token_tables` of the new token's position in each row. Formed outside of the step:
         within, XLA on a CPU would form them again for every head of every layer.
       caches: one `KVCache` of S slots per layer.

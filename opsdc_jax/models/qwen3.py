@@ -254,7 +254,7 @@ def run_layer(
     x_BxTxD: jax.Array,
     rotary: tuple[jax.Array, ...],
     valid_BxT: jax.Array,
-    mesh: Mesh | None,
+    mesh: Mesh,
 ) -> tuple[jax.Array, KVCache]:
     """One layer of `prefill`.
 

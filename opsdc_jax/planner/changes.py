@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from opsdc_jax.planner import topology
+from opsdc_jax.planner.memory import STATE
 from opsdc_jax.planner.plan import Phase, Plan
 from opsdc_jax.planner.search import ROWS, fewer_rows
 from opsdc_jax.planner.topology import GIB, Topology
@@ -42,7 +43,7 @@ def _for_phase(phase: Phase, plan: Plan, settings: ConfigDict) -> Iterator[str]:
 
 def _for_state(plan: Plan) -> Iterator[str]:
     """Changes to what stays resident."""
-    state = sum(plan.parts[name] for name in ("weights", "teacher", "optimizer"))
+    state = sum(plan.parts[name] for name in STATE)
     if state > plan.topology.budget_bytes:
         least = math.ceil(state * plan.topology.devices / plan.topology.budget_bytes)
         yield (

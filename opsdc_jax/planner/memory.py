@@ -39,6 +39,9 @@ def _itemsize(dtype: Any) -> int:
     return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
 
 
+STATE = ("weights", "teacher", "optimizer")  # the names of `state_parts`
+
+
 def state_parts(like: TrainState) -> dict[str, int]:
     """Bytes per device of what stays resident from step to step, by part.
 

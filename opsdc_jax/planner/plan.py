@@ -27,7 +27,7 @@ class Phase:
 
     Attributes:
       program: of the program alone, arguments included; None where it does not compile.
-      resident: of the train state beside it, that is no argument of it, and prompts in waiting.
+      resident: of the train state beside it, that is no argument of it.
       runs: how often it runs in one optimizer step (its amortised part for the refresh).
       flops, moved: of one run on one device: matrix products, and memory traffic at the least.
       seconds: least time of one run; None where the device's peaks are unknown.

@@ -281,12 +281,12 @@ def _segment(
     if refilled:
         M, P = layout.prompts, layout.prompt_width
         prompts = _rows(mesh, jnp.int32, M, P), _rows(mesh, jnp.int32, M)
-        heads = sharding.spec(sharding.DECODE_RULES, (None, None, "kv_heads", None, None))
-        caches = jax.ShapeDtypeStruct(
-            (2 * model.num_hidden_layers, M, model.num_key_value_heads, P, model.head_dim),
-            model.compute_dtype,
-            sharding=NamedSharding(mesh, heads),
+        done = jax.eval_shape(
+            lambda weights, prompts: prefill.by_layers(weights, model, mesh, *prompts),
+            weights,
+            prompts,
         )
+        caches = _lying(done.caches, prefill.cache_placement(mesh))
         parts["prompts"] = memory.device_bytes(caches)
     rules = slots.Rules(sampling.SamplingParams(), np.zeros(2, np.int32))
     return Program(
@@ -312,7 +312,10 @@ def _prefill_and_segment(
     vocab_size: int,
 ) -> Any:
     """Programs of a run as one: what the first returns stays beside the second."""
-    kept = None if prompts is None else prefill.by_layers(weights, model, mesh, *prompts)
+    kept = None
+    if prompts is not None:
+        kept = prefill.by_layers(weights, model, mesh, *prompts)
+        kept, state = jax.lax.optimization_barrier((kept, state))
     advanced = slots.advance(weights, model, state, rules, mesh=mesh, vocab_size=vocab_size)
     return kept, advanced
 

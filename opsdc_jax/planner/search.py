@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from opsdc_jax.config import InputError
 from opsdc_jax.planner import memory, plan, programs
+from opsdc_jax.planner.memory import STATE
 from opsdc_jax.planner.plan import Phase, Plan
 from opsdc_jax.planner.topology import GIB, Topology
 
@@ -18,9 +19,6 @@ ROWS = {
     "rollout": "sampler.slots",
     "evaluate": "eval.batch_size",
 }
-
-# Parts of a rollout's memory that fewer rows leave.
-_OF_A_ROLLOUT = ("weights", "decode_weights")
 
 
 def smallest(
@@ -105,7 +103,9 @@ def fewer_rows(phase: Phase, found: Plan, settings: ConfigDict) -> int:
         fewest = found.mesh["replica"] * found.mesh["fsdp"]
         return fewest if fewest < settings.train.micro_batch_size else 0
     rows = programs.rows(phase.name, programs.values(settings))
-    fixed = sum(found.parts.get(name, 0) for name in _OF_A_ROLLOUT)
+    # What fewer rows leave of the program: decoding's weights, and the state that it takes.
+    state = sum(found.parts[name] for name in STATE) - phase.resident
+    fixed = state + found.parts.get("decode_weights", 0)
     room = max(found.topology.budget_bytes - phase.resident - fixed, 0)
     fewer = min(int(rows * room / max(phase.program - fixed, 1)), rows - 1)
     return 2 ** (fewer.bit_length() - 1) if fewer else 0
