@@ -1,7 +1,7 @@
 """Qwen3-8B on DAPO-Math-17k, the paper's settings.
 
 Command:   python scripts/train.py --config configs/qwen3_8b.py --workdir runs/qwen3_8b
-Hardware:  a TPU slice v5e:4x4, of whose 15.75 GiB a chip it takes 13.64 at the peak, if the
+Hardware:  a TPU slice v5e:4x4, of whose 15.75 GiB a chip it takes 13.75 at the peak, if the
            command goes on with --config.optim.offload=True --config.train.micro_batch_size=16.
            `python scripts/plan.py --config configs/qwen3_8b.py --topology v5e:4x4` and the same
            shows it without a TPU. Other slices and what they take: docs/hardware.md. Not yet run
