@@ -491,23 +491,43 @@ def test_a_host_mesh_is_planned_and_remembered(tmp_path, monkeypatch):
     assert plan.make_plan(settings, topology.parse("cpu:1")) == made
 
 
-@pytest.mark.skipif(
+needs_libtpu = pytest.mark.skipif(
     verdicts.libtpu_version() is None, reason="libtpu is not installed (pip install '.[plan]')"
 )
-def test_a_tpu_slice_is_planned_without_a_tpu(tmp_path, monkeypatch):
-    """Two layers of real width: kernels, layouts and collectives of a v5e, in seconds."""
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch):
+    """Plans two layers of real width: kernels, layouts and collectives of a v5e, in seconds."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = dataclasses.replace(
         SHAPES["qwen3_0p6b"], vocab_size=4096, num_hidden_layers=2, compute_dtype="bfloat16"
     )
     monkeypatch.setattr(plan, "architecture", lambda settings: (model, 4000))
-    settings = short_settings(mesh__fsdp=2, mesh__tensor=2, train__micro_batch_size=8)
-    made = plan.make_plan(settings, topology.parse("v5e:2x2"))
-    assert made.fits, [phase.error for phase in made.phases]
-    phases = {phase.name: phase for phase in made.phases}
-    state = sum(made.parts[name] for name in ("weights", "teacher", "optimizer"))
-    assert phases["apply"].peak >= state + made.parts["gradients"]
-    sampled = state + made.parts["decode_weights"] + made.parts["kv_cache"]
-    assert sampled <= phases["rollout"].peak < sampled + made.parts["decode_weights"]
-    assert phases["accumulate"].collectives["all-gather"]["count"] >= model.num_hidden_layers
-    assert phases["refresh"].program <= 1.01 * (made.parts["weights"] + made.parts["teacher"])
+
+    def make(**values):
+        settings = short_settings(mesh__fsdp=2, mesh__tensor=2, train__micro_batch_size=8, **values)
+        made = plan.make_plan(settings, topology.parse("v5e:2x2"))
+        assert made.fits, [phase.error for phase in made.phases]
+        return made.parts, {phase.name: phase for phase in made.phases}
+
+    return make
+
+
+@needs_libtpu
+def test_a_tpu_slice_is_planned_without_a_tpu(planned):
+    parts, phases = planned()
+    state = sum(parts[name] for name in memory.STATE)
+    assert phases["apply"].peak >= state + parts["gradients"]
+    assert phases["rollout"].peak >= state + parts["kv_cache"]
+    assert phases["accumulate"].collectives["all-gather"]["count"] >= 2
+    assert phases["refresh"].program <= 1.01 * (parts["weights"] + parts["teacher"])
+
+
+@needs_libtpu
+def test_a_tpu_slice_holds_decodings_weights_once_while_prompts_wait(planned):
+    """Eight rollouts in four slots; a second layout of the layers would be half as much again."""
+    parts, phases = planned(sampler__slots=4)
+    names = (*memory.STATE, "decode_weights", "kv_cache", "prompts")
+    sampled = sum(parts[name] for name in names)
+    assert sampled <= phases["rollout"].peak <= sampled + parts["decode_weights"] / 2
