@@ -109,21 +109,27 @@ def unstack_layers(params: Params, config: Qwen3Config) -> list[DecodeLayer]:
 
 
 def as_trained(layer: DecodeLayer) -> Params:
-    """One layer's parameters as in `qwen3.init_params`, without the leading axis."""
-    key_DxNxK, value_DxNxK = jnp.moveaxis(layer.key_value_2xNxKxD, -1, 1)
-    gate_DxF, up_DxF = jnp.swapaxes(layer.gate_up_2xFxD, 1, 2)
+    """One layer's parameters as in `qwen3.init_params`, without the leading axis.
+
+    Every transpose is of two dimensions: such a one XLA on a CPU leaves to the product that reads
+    it, any other it carries out first.
+    """
+    H, K, D = layer.query_HxKxD.shape
+    N = layer.key_value_2xNxKxD.shape[1]
+    key_NxKxD, value_NxKxD = layer.key_value_2xNxKxD
+    gate_FxD, up_FxD = layer.gate_up_2xFxD
     return {
         "attention_norm": {"scale": layer.attention_norm_D},
         "attention": {
-            "query": jnp.moveaxis(layer.query_HxKxD, -1, 0),
-            "key": key_DxNxK,
-            "value": value_DxNxK,
-            "out": jnp.moveaxis(layer.out_DxHxK, 0, -1),
+            "query": layer.query_HxKxD.reshape(H * K, D).T.reshape(D, H, K),
+            "key": key_NxKxD.reshape(N * K, D).T.reshape(D, N, K),
+            "value": value_NxKxD.reshape(N * K, D).T.reshape(D, N, K),
+            "out": layer.out_DxHxK.reshape(D, H * K).T.reshape(H, K, D),
             "query_norm": {"scale": layer.query_norm_K},
             "key_norm": {"scale": layer.key_norm_K},
         },
         "mlp_norm": {"scale": layer.mlp_norm_D},
-        "mlp": {"gate": gate_DxF, "up": up_DxF, "down": layer.down_DxF.T},
+        "mlp": {"gate": gate_FxD.T, "up": up_FxD.T, "down": layer.down_DxF.T},
     }
 
 
