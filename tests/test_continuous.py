@@ -23,6 +23,7 @@ from opsdc_jax import continuous, prefill, sharding, slots
 from opsdc_jax.continuous import Layout
 from opsdc_jax.metrics import CompileCounter
 from opsdc_jax.models import decode, qwen3
+from opsdc_jax.models.layers import COLUMNS
 from opsdc_jax.rollout import left_pad
 from opsdc_jax.sampling import SamplingParams
 
@@ -191,10 +192,13 @@ def test_a_prefill_by_the_weights_of_decoding_is_that_by_the_stack():
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     np.testing.assert_allclose(got.hidden_MxD, expected.hidden_MxD, rtol=1e-5, atol=1e-5)
     real = np.arange(PROMPT_WIDTH) >= PROMPT_WIDTH - lengths[:, None]
+
+    def check(ours, theirs, axis):
+        a, b = (np.moveaxis(cache, axis, 1)[real] for cache in (ours, theirs))
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
     for ours, theirs in zip(got.caches, expected.caches, strict=True):
-        for name, axis in ours._replace(keys=3, values=2)._asdict().items():
-            a, b = (np.moveaxis(getattr(cache, name), axis, 1)[real] for cache in (ours, theirs))
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        jax.tree.map(check, ours, theirs, COLUMNS)
 
 
 def test_a_deep_model_prepares_and_prefills_by_no_more_programs():

@@ -315,6 +315,7 @@ def _prefill_and_segment(
     kept = None
     if prompts is not None:
         kept = prefill.by_layers(weights, model, mesh, *prompts)
+        # Nothing else says which comes first.
         kept, state = jax.lax.optimization_barrier((kept, state))
     advanced = slots.advance(weights, model, state, rules, mesh=mesh, vocab_size=vocab_size)
     return kept, advanced
