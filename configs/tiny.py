@@ -2,7 +2,7 @@
 
 Command:   python scripts/train.py --config configs/tiny.py --workdir runs/tiny   (or: make demo)
 Hardware:  2 CPU cores, 3 GiB of memory.
-Time:      at most 5 minutes, both evaluations included.
+Time:      at most 5 minutes, all evaluations included.
 Expected:  at least 50% fewer response tokens than the base model at plain prompts, at no loss of
            accuracy; easy problems compress more than hard ones.
 """

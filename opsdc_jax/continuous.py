@@ -134,11 +134,13 @@ def rows_for(slots: int, responses: int, parts: int) -> int:
     """The slots that so many responses need: `slots`, halved while all of them have one.
 
     Args:
-      parts: `batch_parts` of the mesh.
+      slots: 0: one for each response.
+      parts: `batch_parts` of the mesh, of which the rows are a multiple: some may stay free.
     """
-    while slots % (2 * parts) == 0 and slots // 2 >= responses:
-        slots //= 2
-    return slots
+    rows = math.ceil((slots or responses) / parts) * parts
+    while rows % (2 * parts) == 0 and rows // 2 >= responses:
+        rows //= 2
+    return rows
 
 
 def segments(

@@ -93,7 +93,8 @@ def prepare(settings: ConfigDict) -> Parts:
     shardings = qwen3.shardings(model, mesh)
     decoding = decode_mesh(model, mesh, settings.mesh.decode_tensor)
     sharding.check_divides(mesh, "train.micro_batch_size", settings.train.micro_batch_size)
-    keys = ["sampler.slots" if settings.sampler.slots else "train.batch_size"]
+    refilled = 0 < settings.sampler.slots < settings.train.batch_size
+    keys = ["sampler.slots" if refilled else "train.batch_size"]
     keys += ["eval.batch_size"] if settings.eval.source != "none" else []
     for key in keys:
         sharding.check_divides(decoding, key, config.get(settings, key))
@@ -109,7 +110,7 @@ def prepare(settings: ConfigDict) -> Parts:
         vocab_size=len(tokenizer),
         stop_ids=stop_ids,
         pad_id=tokenizer.pad_token_id,
-        slots=settings.sampler.slots,
+        slots=settings.sampler.slots if refilled else 0,
     )
     eval_sampler = dataclasses.replace(
         sampler,

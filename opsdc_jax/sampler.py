@@ -277,7 +277,7 @@ class Sampler:
     ) -> Iterator[list[Piece]]:
         """What `continuous.segments` gives; the first segment is under way on return."""
         parts = continuous.batch_parts(self.mesh)
-        rows = continuous.rows_for(self.slots or len(prompts), len(prompts), parts)
+        rows = continuous.rows_for(self.slots, len(prompts), parts)
         layout = Layout(
             model=self.model,
             mesh=self.mesh,

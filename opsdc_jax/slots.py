@@ -100,7 +100,7 @@ class View(NamedTuple):
 
 
 def fresh(caches: list[KVCache], column: int, rows: int, width: int) -> Slots:
-    """Slots without a response; `append` starts them."""
+    """Slots without a response; `start` gives them one."""
     return Slots(
         column=jnp.int32(column),
         step=jnp.int32(0),

@@ -1,10 +1,11 @@
 """What each mesh costs on the devices there are: python scripts/bench_sharding.py --host_devices=8
 
-Runs the sampler, the train step and the teacher's refresh of a randomly initialised model on a list
-of meshes and prints one JSON object a line for each: seconds to compile and to run, tokens/s,
-memory of each compiled program on a device, and its collectives (number and bytes of results, by
-kind; loops count in full where their length is known, a decode loop once: a token). `ratio` is the
-step's time over the first mesh's. A table and a plot with the same figures lie in --out.
+Runs the sampler (as one program: a run samples long responses in segments), the train step and the
+teacher's refresh of a randomly initialised model on a list of meshes and prints one JSON object a
+line for each: seconds to compile and to run, tokens/s, memory of each compiled program on a device,
+and its collectives (number and bytes of results, by kind; loops count in full where their length is
+known, a decode loop once: a token). `ratio` is the step's time over the first mesh's. A table and a
+plot with the same figures lie in --out.
 
     python scripts/bench_sharding.py --host_devices=8 --meshes 8x1,4x2,2x4,1x8
     python scripts/bench_sharding.py --shape qwen3_0p6b --dtype bfloat16 --batch 32 --response 2048
@@ -14,6 +15,7 @@ the same cores.
 """
 
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import statistics
@@ -26,7 +28,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from opsdc_jax import cli, config, distill, rollout, sampler, sampling, sharding
+from opsdc_jax import cli, config, distill, files, rollout, sampler, sampling, sharding
 from opsdc_jax.models import qwen3
 from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.models.shapes import SHAPES
@@ -68,11 +70,11 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_list("meshes", [], "FSDPxTENSOR, ...; empty: all powers of 2", **define)
     flags.DEFINE_enum("shape", "small", list(_SHAPES), "architecture", **define)
     flags.DEFINE_enum("dtype", "float32", config.DTYPES, "of activations and products", **define)
-    flags.DEFINE_integer("batch", 16, "rollouts a step", **define)
-    flags.DEFINE_integer("micro_batch", 8, "rows of a micro-batch", **define)
-    flags.DEFINE_integer("prompt", 32, "tokens of a prompt", **define)
-    flags.DEFINE_integer("response", 96, "tokens of a response; all are used", **define)
-    flags.DEFINE_integer("steps", 3, "repetitions, after one to warm up", **define)
+    flags.DEFINE_integer("batch", 16, "rollouts a step", 1, **define)
+    flags.DEFINE_integer("micro_batch", 8, "rows of a micro-batch", 1, **define)
+    flags.DEFINE_integer("prompt", 32, "tokens of a prompt", 1, **define)
+    flags.DEFINE_integer("response", 96, "tokens of a response; all are used", 1, **define)
+    flags.DEFINE_integer("steps", 3, "repetitions, after one to warm up", 1, **define)
     flags.DEFINE_string("out", "runs/bench_sharding", "folder of the table and the plot", **define)
     args = cli.parse(values, argv)
     if args.host_devices:
@@ -82,14 +84,17 @@ def main(argv: Sequence[str]) -> int:
     work = Work(model, args.batch, args.micro_batch, args.prompt, args.response, args.steps)
     meshes = [parse_mesh(text) for text in args.meshes] or powers_of_two(jax.device_count())
     check(meshes, work)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise config.InputError("the plot needs matplotlib: pip install 'opsdc-jax[bench]'")
+    out = pathlib.Path(args.out)
+    with files.writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for sizes in meshes:
         row = measure(sizes, work)
         row["ratio"] = round(row["step_seconds"] / (rows or [row])[0]["step_seconds"], 3)
         rows.append(row)
         print(json.dumps({"benchmark": "sharding", "shape": args.shape} | row), flush=True)
-    out = pathlib.Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "sharding.md").write_text(table(rows) + "\n", encoding="utf-8")
     plot(rows, out / "sharding.png")
     print(f"\n{table(rows)}\n\ntable and plot are in {out}", file=sys.stderr)

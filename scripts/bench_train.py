@@ -21,6 +21,7 @@ Their lines are followed by one with `ratio`, the median of seconds over torch's
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import resource
@@ -73,18 +74,18 @@ def main(argv: Sequence[str]) -> int:
     values = flags.FlagValues()
     define = {"flag_values": values}
     flags.DEFINE_enum("shape", "small", list(BENCHMARK_SHAPES), "architecture", **define)
-    flags.DEFINE_integer("batch", 16, "rows of a step", **define)
-    flags.DEFINE_integer("micro_batch", 0, "rows at a time; 0: all; torch: all", **define)
-    flags.DEFINE_integer("prompt", 64, "tokens of each side's prompts", **define)
-    flags.DEFINE_integer("response", 128, "tokens of each response", **define)
+    flags.DEFINE_integer("batch", 16, "rows of a step", 1, **define)
+    flags.DEFINE_integer("micro_batch", 0, "rows at a time; 0: all; torch: all", 0, **define)
+    flags.DEFINE_integer("prompt", 64, "tokens of each side's prompts", 1, **define)
+    flags.DEFINE_integer("response", 128, "tokens of each response", 1, **define)
     flags.DEFINE_integer(
-        "chunk", defaults.loss.chunk_tokens, "tokens whose logits exist at a time", **define
+        "chunk", defaults.loss.chunk_tokens, "tokens whose logits exist at a time", 1, **define
     )
-    flags.DEFINE_integer("warmup", 2, "steps before the measured ones", **define)
-    flags.DEFINE_integer("steps", 5, "measured steps", **define)
+    flags.DEFINE_integer("warmup", 2, "steps before the measured ones", 0, **define)
+    flags.DEFINE_integer("steps", 5, "measured steps", 1, **define)
     flags.DEFINE_enum("side", "jax", SIDES, "what runs", **define)
     flags.DEFINE_enum("against", None, ["torch"], "compare with it, in turns", **define)
-    flags.DEFINE_integer("pairs", 5, "of processes, with --against", **define)
+    flags.DEFINE_integer("pairs", 5, "of processes, with --against", 1, **define)
     args = cli.parse(values, argv)
     work = Work(
         BENCHMARK_SHAPES[args.shape], **{name: getattr(args, name) for name in Work._fields[1:]}
@@ -94,6 +95,8 @@ def main(argv: Sequence[str]) -> int:
         raise config.InputError(
             f"--batch={work.batch} is not a multiple of --micro_batch={work.micro_batch}"
         )
+    if "torch" in (args.side, args.against) and importlib.util.find_spec("torch") is None:
+        raise config.InputError("torch is not installed in this environment: pip install torch")
     if args.against:
         compare(args)
         return cli.EXIT_DONE

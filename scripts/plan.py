@@ -49,11 +49,14 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_bool("table", False, "print docs/hardware.md: a search for every size", **define)
     args = cli.parse(values, argv)
     config.validate(args.config)
+    if args.mesh and args.search:
+        raise config.InputError("--search tries meshes of its own: leave out --mesh")
     if args.mesh:
         set_mesh(args.config, args.mesh)
     if args.search:
         families = args.topology.split(",") if args.topology else _FAMILIES
-        return min([find(args.config, family, args.json) for family in families])
+        slices = {family: candidates(family) for family in families}  # of all, before any search
+        return min([find(args.config, *item, args.json) for item in slices.items()])
     if not args.topology:
         raise config.InputError("--topology is required, for instance --topology v5e:4x4")
     made = plan.make_plan(args.config, topology.parse(args.topology))
@@ -66,9 +69,10 @@ def show(made: plan.Plan, wanted: Sequence[str], as_json: bool) -> int:
     return cli.EXIT_DONE if made.fits else cli.EXIT_FAILED
 
 
-def find(settings: ConfigDict, family: str, as_json: bool) -> int:
-    """Prints the plan of the smallest slice of a family; 1 if none fits."""
-    slices = [topology.parse(family)] if _is_slice(family) else topology.slices(family)
+def find(
+    settings: ConfigDict, family: str, slices: Sequence[topology.Topology], as_json: bool
+) -> int:
+    """Prints the plan of the smallest slice that holds a configuration; 1 if none does."""
     made = search.smallest(settings, slices, progress)
     if made is None:
         print(f"{settings.model.path} fits no {family} slice", file=sys.stderr)
@@ -76,8 +80,10 @@ def find(settings: ConfigDict, family: str, as_json: bool) -> int:
     return show(made, (), as_json)
 
 
-def _is_slice(name: str) -> bool:
-    return ":" in name and any(character.isdigit() for character in name.partition(":")[2][:1])
+def candidates(name: str) -> list[topology.Topology]:
+    """The slices that "v5e", "gpu:H200" or "v5e:4x4" stands for, smallest first."""
+    is_slice = name.partition(":")[2][:1].isdigit()
+    return [topology.parse(name)] if is_slice else list(topology.slices(name))
 
 
 def table(argv: Sequence[str]) -> int:

@@ -63,9 +63,7 @@ def main(argv: Sequence[str]) -> int:
     room = positions - longest
     if args.max_tokens > room:
         raise InputError(f"--max_tokens={args.max_tokens} exceeds the {room} positions left")
-    mesh = sharding.make_mesh({"replica": 1, "fsdp": -1, "tensor": 1})
-    decoding = decode_mesh(config, mesh, -1)
-    sharding.check_divides(decoding, "the number of prompts", len(sides))
+    decoding = decode_mesh(config, sharding.make_mesh({"replica": 1, "fsdp": -1, "tensor": 1}), -1)
     sampler = Sampler(
         model=config,
         mesh=decoding,

@@ -183,7 +183,8 @@ def train(
         if not first_step and distributed.is_first():
             warn(guards.short_budgets(workdir.eval, settings.eval.max_response_tokens))
 
-        print(startup.report(first_step + 1, time.perf_counter() - began), flush=True)
+        if first_step < last_step:
+            print(startup.report(first_step + 1, time.perf_counter() - began), flush=True)
         progress.restart_clock()
         began = time.perf_counter()
         for step in range(first_step + 1, last_step + 1):

@@ -41,6 +41,21 @@ def test_meshes_are_read_and_made():
             bench.parse_mesh(bad)
 
 
+@pytest.mark.parametrize(
+    ("missing", "out", "says"),
+    [("matplotlib", "results", "needs matplotlib"), ("nothing", "file", "cannot be written")],
+)
+def test_what_the_results_need_is_asked_for_first(monkeypatch, tmp_path, missing, out, says):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    found = bench.importlib.util.find_spec
+    monkeypatch.setattr(
+        bench.importlib.util, "find_spec", lambda name: None if name == missing else found(name)
+    )
+    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("measured before"))
+    with pytest.raises(InputError, match=says):
+        bench.main(["bench_sharding.py", "--meshes=1x1", f"--out={tmp_path / out}"])
+
+
 def test_what_cannot_be_split_is_refused_before_anything_is_compiled():
     work = bench.Work(SMALL, batch=4, micro=3, prompt=4, response=4, steps=1)
     with pytest.raises(InputError, match=r"--batch=4 is not a multiple of --micro_batch=3"):

@@ -97,3 +97,10 @@ def test_torch_computes_the_same_loss_of_the_same_weights(tmp_path):
 def test_micro_batches_must_divide_the_batch():
     with pytest.raises(InputError, match=r"--batch=4 is not a multiple of --micro_batch=3"):
         bench.main(["bench_train", "--batch=4", "--micro_batch=3"])
+
+
+@pytest.mark.parametrize("flag", ["side", "against"])
+def test_torch_is_asked_for_first(monkeypatch, flag):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="torch is not installed"):
+        bench.main(["bench_train", f"--{flag}=torch"])

@@ -354,6 +354,8 @@ def test_the_ring_has_a_handful_of_sizes(prompt, response, columns):
         (64, 5, 1, 8),
         (64, 5, 8, 8),
         (6, 1, 2, 6),
+        (0, 5, 1, 5),
+        (0, 2, 4, 4),
     ],
 )
 def test_few_responses_take_fewer_slots(slots, responses, parts, rows):

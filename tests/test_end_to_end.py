@@ -282,7 +282,7 @@ def test_a_finished_run_prints_its_table_and_compiles_nothing(finished, capsys):
 
 
 def test_a_run_killed_in_its_last_evaluation_is_evaluated_when_it_continues(
-    finished, tmp_path, monkeypatch
+    finished, tmp_path, monkeypatch, capsys
 ):
     class KilledError(Exception):
         pass
@@ -297,7 +297,11 @@ def test_a_run_killed_in_its_last_evaluation_is_evaluated_when_it_continues(
     with pytest.raises(KilledError):
         run(workdir)
     monkeypatch.undo()
+    capsys.readouterr()
     assert run(workdir) == cli.EXIT_DONE
+    printed = capsys.readouterr().out
+    assert "continuing after step 4" in printed
+    assert "step 5" not in printed
     summaries = [(path / "eval" / "summary.json").read_text() for path in (workdir, finished)]
     assert summaries[0] == summaries[1]
     assert len(read_metrics(workdir / "metrics.jsonl")) == 4
@@ -320,6 +324,13 @@ def described(capsys, monkeypatch):
         return capsys.readouterr().out
 
     return run_and_stop
+
+
+@pytest.mark.parametrize(("slots", "used"), [(0, 0), (2, 2), (4, 0), (6, 0)])
+def test_no_more_slots_than_rollouts_decode(finished, slots, used):
+    settings = ConfigDict(read_json(finished / "config.json"))
+    settings.sampler.slots = slots
+    assert prepare(settings).sampler.slots == used
 
 
 def test_the_plan_and_both_prompts_are_printed(tmp_path, described):

@@ -431,6 +431,8 @@ CONFIG = ("--config", "configs/qwen3_0p6b.py")
         ((*CONFIG, "--topology", "v5e:2x2", "--mesh", "data=4"), "AXIS=SIZE"),
         ((*CONFIG, "--topology", "v5e:4x8", "--mesh", "tensor=32"), "sizes that work"),
         ((*CONFIG, "--search", "--topology", "v9"), "choose from"),
+        ((*CONFIG, "--search", "--topology", "v5e,v9"), "choose from"),
+        ((*CONFIG, "--search", "--mesh", "fsdp=4"), "leave out --mesh"),
         ((*CONFIG, "--topology", "v5e:1x1", "--config.model.path=me/mine"), "give its folder"),
     ],
 )

@@ -1,11 +1,14 @@
 """scripts/sample.py: both modes side by side, on paper and on a terminal."""
 
 import io
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import rich.console
-from helpers import load_script
+from helpers import ROOT, load_script
 
 from opsdc_jax import cli
 from opsdc_jax.models import hf
@@ -26,6 +29,16 @@ def test_sample_shows_both_modes_side_by_side(capsys, monkeypatch):
     )
     assert any(line.count("<think>") == 2 for line in lines)
     assert next(line for line in reversed(lines) if line.strip()).count(" tokens") == 2
+
+
+def test_sample_takes_more_devices_than_it_has_rows():
+    """Eight, of which two hold each layer: two responses in rows for four."""
+    arguments = ["--model", "tiny", "--prompt", "start 33 + 9 - 2", "--max_tokens", "8"]
+    command = [sys.executable, str(ROOT / "scripts" / "sample.py"), *arguments]
+    settings = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == cli.EXIT_DONE, done.stderr[-2000:]
+    assert done.stdout.count("8 tokens, cut by the") == 2
 
 
 def test_sample_streams_to_a_terminal():

@@ -1,9 +1,10 @@
 """Qwen3 one token at a time: what decoding does otherwise than `qwen3.forward`, and its weights.
 
 A decode step multiplies every weight by few rows, so reading the weights is what it costs. They are
-laid out for it once a call: each layer's for itself, outputs first, those of one input side by
-side. Activations have the rows last, since XLA's matrix product on a CPU reads [outputs, inputs] x
-[inputs, rows] up to twice as fast as [rows, inputs] x [inputs, outputs] (docs/performance.md).
+laid out for it once a call: each layer's for itself, outputs first, keys and values side by side,
+gate and up too. Activations have the rows last, since XLA's matrix product on a CPU reads [outputs,
+inputs] x [inputs, rows] up to twice as fast as [rows, inputs] x [inputs, outputs]
+(docs/performance.md).
 
 Shapes: B rows, S cache slots, D model width, H query heads, N key/value heads, G = H / N, K head
 width, F feed-forward width, V vocabulary.

@@ -144,12 +144,12 @@ def adapted(settings: ConfigDict, model: Qwen3Config, sizes: Mapping[str, int]) 
     mesh = memory.abstract_mesh(sizes)
     qwen3.shardings(model, mesh)
     decoding = sampler.decode_mesh(model, mesh, settings.mesh.decode_tensor)
-    slots = settings.sampler.slots
-    sharding.check_divides(mesh, "train.batch_size", settings.train.batch_size)
-    if slots:
+    batch, slots = settings.train.batch_size, settings.sampler.slots
+    sharding.check_divides(mesh, "train.batch_size", batch)
+    if 0 < slots < batch:
         sharding.check_divides(decoding, "sampler.slots", slots)
     else:
-        sharding.check_divides(decoding, "train.batch_size", settings.train.batch_size)
+        sharding.check_divides(decoding, "train.batch_size", batch)
     if settings.eval.source != "none":
         sharding.check_divides(decoding, "eval.batch_size", settings.eval.batch_size)
     parts = sizes["replica"] * sizes["fsdp"]

@@ -41,11 +41,13 @@ Written by `python scripts/plan.py --table > docs/hardware.md`: do not edit it b
 
 For each configuration as it stands in configs/ (32 rollouts of 1,024 + 8,192 tokens, float32
 masters and moments, bf16 teacher, evaluation with 30,000 tokens) the smallest slice of each family
-that holds it, and the mesh with the least model parallelism on it. Found by compiling the real
-programs for the slice with libtpu: it proves that they compile, how they are sharded and what
-memory they use. None of it has run on a TPU. One row again, in full:
+that holds it, and the mesh with the least model parallelism on it; AdamW's moments lie in host
+memory only where no mesh holds them. Found by compiling the real programs for the slice with
+libtpu: it proves that they compile, how they are sharded and what memory they use. None of it has
+run on a TPU. One row again, in full:
 
-    python scripts/plan.py --config configs/qwen3_8b.py --topology v5e:4x4 --mesh fsdp=8,tensor=2
+    python scripts/plan.py --config configs/qwen3_8b.py --topology v5e:4x4 \\
+        --config.optim.offload=True --config.train.micro_batch_size=16
 
 Figures are GiB on each device. Resident are weights + teacher + optimizer; the peak of each phase
 holds them too. In brackets: the KV cache of a rollout. A device offers its memory less

@@ -44,6 +44,8 @@ SOURCES = (
 )
 _TOTAL = re.compile(r"Memory Space: default[^\n]*\nTotal bytes: (\d+)")
 _POLL_SECONDS = 0.1
+_PROCESSES = 2  # that compile at a time
+_LIMIT_SECONDS = 900  # of a compilation, before it counts as failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,16 +82,12 @@ def verdicts(
     names: Sequence[str],
     spec: Mapping[str, Any],
     topology: Topology,
-    *,
-    processes: int = 2,
-    timeout: float = 900.0,
 ) -> dict[str, Verdict]:
-    """Compiles programs, `processes` at a time; those seen before cost nothing.
+    """Compiles programs, a few at a time; those seen before cost nothing.
 
     Args:
       names: of `programs.KEYS`.
       spec: see `programs.make_spec`.
-      timeout: seconds after which a compilation counts as failed.
 
     Raises:
       InputError: the topology is a TPU and libtpu is not installed.
@@ -106,11 +104,11 @@ def verdicts(
     running: dict[str, _Running] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < processes:
+            while waiting and len(running) < _PROCESSES:
                 running[waiting[0]] = _start(waiting[0], spec, topology)
                 del waiting[0]
             for name in list(running):
-                verdict = _look(running[name], timeout)
+                verdict = _look(running[name])
                 if verdict is not None:
                     _stop(running.pop(name))
                     done[name] = verdict
@@ -170,7 +168,7 @@ def _stop(running: _Running) -> None:
     running.folder.cleanup()
 
 
-def _look(running: _Running, timeout: float) -> Verdict | None:
+def _look(running: _Running) -> Verdict | None:
     """The verdict, once there is one."""
     ended = running.process.poll() is not None
     folder = pathlib.Path(running.folder.name)
@@ -185,8 +183,8 @@ def _look(running: _Running, timeout: float) -> Verdict | None:
     if ended:
         message = _read(folder, "error.txt") or f"exit code {running.process.returncode}"
         return Verdict(None, error=message, seconds=seconds)
-    if seconds > timeout:
-        return Verdict(None, error=f"no verdict within {timeout:.0f} s", seconds=seconds)
+    if seconds > _LIMIT_SECONDS:
+        return Verdict(None, error=f"no verdict within {_LIMIT_SECONDS} s", seconds=seconds)
     return None
 
 
