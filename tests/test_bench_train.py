@@ -102,5 +102,7 @@ def test_micro_batches_must_divide_the_batch():
 @pytest.mark.parametrize("flag", ["side", "against"])
 def test_torch_is_asked_for_first(monkeypatch, flag):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    for way in ("measure", "compare"):
+        monkeypatch.setattr(bench, way, lambda *_: pytest.fail("measured before"))
     with pytest.raises(InputError, match="torch is not installed"):
         bench.main(["bench_train", f"--{flag}=torch"])
