@@ -91,8 +91,10 @@ class TrainStep(NamedTuple):
     refresh: Callable[[Params, Params], Params]
 
 
-def make_optimizer(config: Any) -> optax.GradientTransformation:
+def make_optimizer(config: Any) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then AdamW with linear warm-up to a constant rate.
+
+    Its `update` takes `norm`, that of the gradients, where the caller has it.
 
     Args:
       config: the `optim` section of the run's configuration.
@@ -108,24 +110,32 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
     )
 
 
-def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """As optax's, but a product with one scalar where that one divides.
+def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """As optax's, but a product with one scalar where that one divides; `update` takes `norm`.
 
     A program computes a quotient once for all that read it, so that a scaled copy of every gradient
     would lie in memory. A product goes into each of them.
     """
 
-    def clip(gradients: Params, _: Params | None) -> Params:
-        norm = optax.tree.norm(gradients)
+    def clip(
+        gradients: Params,
+        state: optax.EmptyState,
+        params: Params | None = None,
+        *,
+        norm: jax.Array | None = None,
+        **_: Any,
+    ) -> tuple[Params, optax.EmptyState]:
+        if norm is None:
+            norm = optax.tree.norm(gradients)
         factor = jnp.where(norm < limit, 1.0, limit / norm)
-        return jax.tree.map(lambda leaf: leaf * factor, gradients)
+        return jax.tree.map(lambda leaf: leaf * factor, gradients), state
 
-    return optax.stateless(clip)
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), clip)
 
 
 def make_train_step(
     model: Qwen3Config,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     *,
     divergence: str,
     chunk_tokens: int,
@@ -220,23 +230,25 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         tokens = jnp.maximum(accumulator.tokens, 1).astype(jnp.float32)
         shares = jnp.where(accumulator.shares > 0, accumulator.shares, 1.0)
-        gradients = jax.tree.map(lambda leaf: leaf * (1 / shares), accumulator.gradients)
         moments = state.optimizer
         if offload_optimizer:
             moments = jax.device_put(moments, on_device)
-        updates, optimizer_state = optimizer.update(gradients, moments, state.student)
-        student = optax.apply_updates(state.student, updates)
         sums = accumulator.sums
-        loss, norm = sums.divergence / shares, optax.tree.norm(gradients)
+        # The norm of the sums, divided: of quotients, XLA on a CPU writes the divisor into an array
+        # of each one's size.
+        loss, norm = sums.divergence / shares, optax.tree.norm(accumulator.gradients) / shares
         if anchor:
             anchor_kl = accumulator.anchor / shares
             loss += anchor * anchor_kl
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        student, optimizer_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (student, optimizer_state),
-            (state.student, moments),
-        )
+
+        def update(student: Params, moments: optax.OptState) -> tuple[Params, optax.OptState]:
+            gradients = jax.tree.map(lambda leaf: leaf * (1 / shares), accumulator.gradients)
+            updates, moments = optimizer.update(gradients, moments, student, norm=norm)
+            return optax.apply_updates(student, updates), moments
+
+        # A branch, not a choice of each array: for that, old moments lie beside new (docs/LOG.md).
+        student, moments = jax.lax.cond(finite, update, lambda *kept: kept, state.student, moments)
         metrics = {
             "loss": loss,
             "student_entropy": sums.student_entropy / tokens,
@@ -248,9 +260,7 @@ def make_train_step(
             metrics |= {"logprob_gap_mean": sums.gap / tokens, "logprob_gap_max": sums.gap_max}
         if anchor:
             metrics["anchor_kl"] = anchor_kl
-        state = dataclasses.replace(
-            state, student=student, optimizer=optimizer_state, step=state.step + 1
-        )
+        state = dataclasses.replace(state, student=student, optimizer=moments, step=state.step + 1)
         return state, metrics
 
     def refresh(student: Params, teacher: Params) -> Params:

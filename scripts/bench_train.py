@@ -7,17 +7,21 @@ initialised model in float32, on rows that all have their full width, and prints
   tokens_per_second  positions of the student's rows over that, prompts included
   tflop           floating-point operations a step, see `flops`; recomputation does not count
   share           of the rate of a [3072, 512] x [512, 1536] product timed in the same process
-  products_share  the same of the step's matrix products alone, each shape timed by itself: what
-                  share would be if all else cost nothing
-  peak_rss_gib    of the process, start-up and compilation included
+  products_share  the same of the step's matrix products alone, each shape timed by itself and
+                  none of them repeated: what share would be if all else cost nothing
+  compile_seconds  of the step's programs; fewer where an earlier process has left them in the
+                  cache on disk, which is that of a run
+  peak_rss_gib    of the process, start-up and this compilation included
   loss            of the last step
 
     python scripts/bench_train.py --shape small --batch 16 --prompt 64 --response 128
-    python scripts/bench_train.py --shape v152k --batch 4 --response 192 --against torch
+    python scripts/bench_train.py --shape v152k --batch 4 --response 192 --chunk 64 \
+        --remat full --against torch
 
 With --against torch, a plain step in torch on transformers' Qwen3 (see `torch_step`) does the same
 work: --pairs times both run after each other, each in a process of its own, in alternating order.
 Their lines are followed by one with `ratio`, the median of seconds over torch's, and `rss_ratio`.
+--micro_batch, --chunk and --remat are of ours alone: the torch step has none of them.
 """
 
 import dataclasses
@@ -38,6 +42,7 @@ import numpy as np
 from absl import flags
 
 from opsdc_jax import cli, config, distill, rollout, sharding
+from opsdc_jax.metrics import CompileCounter
 from opsdc_jax.models import qwen3
 from opsdc_jax.models.layers import Qwen3Config
 from opsdc_jax.models.shapes import BENCHMARK_SHAPES
@@ -81,6 +86,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_integer(
         "chunk", defaults.loss.chunk_tokens, "tokens whose logits exist at a time", 1, **define
     )
+    flags.DEFINE_enum("remat", "none", config.REMAT_POLICIES, "model.remat of a run", **define)
     flags.DEFINE_integer("warmup", 2, "steps before the measured ones", 0, **define)
     flags.DEFINE_integer("steps", 5, "measured steps", 1, **define)
     flags.DEFINE_enum("side", "jax", SIDES, "what runs", **define)
@@ -88,7 +94,8 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_integer("pairs", 5, "of processes, with --against", 1, **define)
     args = cli.parse(values, argv)
     work = Work(
-        BENCHMARK_SHAPES[args.shape], **{name: getattr(args, name) for name in Work._fields[1:]}
+        dataclasses.replace(BENCHMARK_SHAPES[args.shape], remat=args.remat),
+        **{name: getattr(args, name) for name in Work._fields[1:]},
     )
     work = work._replace(micro_batch=work.micro_batch or work.batch)
     if work.batch % work.micro_batch:
@@ -100,12 +107,14 @@ def main(argv: Sequence[str]) -> int:
     if args.against:
         compare(args)
         return cli.EXIT_DONE
+    cli.use_compilation_cache()
     print(json.dumps({"benchmark": "train", "shape": args.shape} | measure(args.side, work)))
     return cli.EXIT_DONE
 
 
 def measure(side: str, work: Work) -> dict[str, Any]:
     """The figures of one side, in this process."""
+    compilations = CompileCounter()
     step = {"jax": jax_step, "torch": torch_step}[side](work)
     seconds, cpu_seconds, loss = [], [], 0.0
     for _ in range(work.warmup + work.steps):
@@ -114,6 +123,7 @@ def measure(side: str, work: Work) -> dict[str, Any]:
         seconds.append(time.perf_counter() - began)
         cpu_seconds.append(time.process_time() - cpu_began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    compiling = compilations.seconds
     middle = statistics.median(seconds[work.warmup :])
     tokens = work.batch * (work.prompt + work.response)
     bound = product_rate() if side == "jax" else None
@@ -121,6 +131,7 @@ def measure(side: str, work: Work) -> dict[str, Any]:
     return {
         "side": side,
         **{name: getattr(work, name) for name in Work._fields[1:]},
+        "remat": work.model.remat,
         "seconds": round(middle, 4),
         "cpu_seconds": round(statistics.median(cpu_seconds[work.warmup :]), 4),
         "tokens_per_second": round(tokens / middle, 1),
@@ -129,6 +140,7 @@ def measure(side: str, work: Work) -> dict[str, Any]:
         "bound_gflops_per_second": bound and round(bound / 1e9, 1),
         "share": bound and round(flops(work) / middle / bound, 3),
         "products_share": bound and alone and round(flops(work) / alone / bound, 3),
+        "compile_seconds": round(compiling, 1),
         "peak_rss_gib": round(peak, 3),
         "loss": round(loss, 5),
     }
@@ -229,10 +241,10 @@ def jax_step(work: Work) -> Callable[[], float]:
         teacher_dtype="float32",
     )
     init = jax.jit(qwen3.init_params, static_argnums=0, out_shardings=placed)
-    state = jitted.init(init(work.model, jax.random.key(0)))
-    # Another model: the gradient to an equal one is zero, and numbers near it are slow.
-    state = dataclasses.replace(state, teacher=None)
-    state = dataclasses.replace(state, teacher=init(work.model, jax.random.key(1)))
+    # Another model than the student: the gradient to an equal one is zero, and numbers near it are
+    # slow. Both before there are moments: to draw the numbers takes more memory than a step.
+    teacher, student = (init(work.model, jax.random.key(seed)) for seed in (1, 0))
+    state = dataclasses.replace(jitted.init(student), teacher=teacher)
 
     def step() -> float:
         nonlocal state
@@ -320,7 +332,9 @@ def torch_loss(student: Any, teacher: Any, given: Inputs) -> Any:
 
 def compare(args: flags.FlagValues) -> None:
     """Runs pairs of fresh processes and prints their figures, then the ratios."""
-    arguments = [f"--{name}={getattr(args, name)}" for name in ("shape", *Work._fields[1:])]
+    arguments = [
+        f"--{name}={getattr(args, name)}" for name in ("shape", "remat", *Work._fields[1:])
+    ]
     ratios: dict[str, list[float]] = {"ratio": [], "rss_ratio": []}
     for pair in range(args.pairs):
         figures: dict[str, Mapping[str, Any]] = {}
@@ -328,7 +342,7 @@ def compare(args: flags.FlagValues) -> None:
             command = [sys.executable, os.path.abspath(__file__), *arguments, f"--side={side}"]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             print(output, end="", flush=True)
-            figures[side] = json.loads(output)
+            figures[side] = json.loads(output.splitlines()[-1])  # a warning may come first
         for name, key in (("ratio", "seconds"), ("rss_ratio", "peak_rss_gib")):
             ratios[name].append(figures["jax"][key] / figures["torch"][key])
     lines = {name: round(statistics.median(values), 3) for name, values in ratios.items()}

@@ -187,7 +187,7 @@ def in_loops(text: str) -> list[str]:
 
 
 def train_programs(fsdp: int, tensor: int) -> dict[str, object]:
-    """How AdamW's moments are split, and a device's bytes of the refresh beside its teacher's."""
+    """How moments are split, what a skipped step leaves, and a device's bytes of a refresh."""
     mesh = sharding.make_mesh({"replica": 1, "fsdp": fsdp, "tensor": tensor})
     shardings = qwen3.shardings(EIGHT, mesh)
     jitted = distill.make_train_step(
@@ -201,13 +201,21 @@ def train_programs(fsdp: int, tensor: int) -> dict[str, object]:
     )
     state = jitted.init(jax.device_put(random_params(EIGHT, 0), shardings))
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim > 2]
-    compiled = jitted.refresh.lower(state.student, state.teacher).compile()
+    parts = sorted({leaf.size // leaf.addressable_shards[0].data.size for leaf in moments})
+    broken = jax.tree.map(lambda leaf: leaf + np.nan, jitted.zeros(state.student).gradients)
+    before = jax.device_get((state.student, state.optimizer))
+    after, _ = jitted.apply(
+        state, dataclasses.replace(jitted.zeros(state.student), gradients=broken)
+    )
+    unchanged = jax.tree.map(np.array_equal, (after.student, after.optimizer), before)
+    compiled = jitted.refresh.lower(after.student, after.teacher).compile()
     used = compiled.memory_analysis()
     return {
-        "parts": sorted({leaf.size // leaf.addressable_shards[0].data.size for leaf in moments}),
+        "parts": parts,
         "aliased": used.alias_size_in_bytes,
         "output": used.output_size_in_bytes,
-        "teacher": sum(leaf.nbytes // 8 for leaf in jax.tree.leaves(state.teacher)),
+        "teacher": sum(leaf.nbytes // 8 for leaf in jax.tree.leaves(after.teacher)),
+        "unchanged": bool(jax.tree.all(unchanged)),
         "moved": re.findall(r" (all-\S+|collective\S+|copy-start|send|recv)\(", compiled.as_text()),
     }
 

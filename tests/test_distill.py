@@ -23,11 +23,11 @@ OPTIM = types.SimpleNamespace(
 )
 
 
-def make_train_step(teacher_dtype="float32", divergence="reverse_kl", **options):
+def make_train_step(teacher_dtype="float32", divergence="reverse_kl", optim=OPTIM, **options):
     mesh = sharding.make_mesh({"replica": 1, "fsdp": -1, "tensor": 1})
     return distill.make_train_step(
         SMALL,
-        distill.make_optimizer(OPTIM),
+        distill.make_optimizer(optim),
         divergence=divergence,
         chunk_tokens=16,
         vocab_size=ENTRIES,
@@ -290,15 +290,24 @@ def test_off_policy_steps_have_no_gap_to_the_sampler(student, whole):
     assert not {"logprob_gap_mean", "logprob_gap_max"} & metrics.keys()
 
 
-def test_apply_is_clipped_adamw_on_the_token_mean(jitted, student, whole):
-    state = jitted.init(copy(student))
-    optimizer = distill.make_optimizer(OPTIM)
+@pytest.mark.parametrize("clipped", [False, True])
+def test_apply_is_clipped_adamw_on_the_token_mean(student, whole, clipped):
     mean = jax.tree.map(lambda leaf: leaf / whole.tokens, whole.gradients)
-    updates, _ = optimizer.update(mean, optimizer.init(student), student)
+    limit = float(optax.tree.norm(mean)) * (0.5 if clipped else 2.0)
+    optim = types.SimpleNamespace(**{**vars(OPTIM), "clip_norm": limit})
+    jitted = make_train_step(optim=optim)
+    reference = optax.chain(
+        optax.clip_by_global_norm(limit),
+        optax.adamw(OPTIM.lr / 4, b1=OPTIM.b1, b2=OPTIM.b2, weight_decay=OPTIM.weight_decay),
+    )
+    updates, moments = reference.update(mean, reference.init(student), student)
     expected = optax.apply_updates(student, updates)
-    state, metrics = jitted.apply(state, whole)
+    state, metrics = jitted.apply(jitted.init(copy(student)), whole)
     assert int(state.step) == 1
     assert relative_error(state.student, expected) <= 1e-6
+    for name in ("mu", "nu"):  # AdamW's first step is the same for every scale of the gradient
+        ours, theirs = (optax.tree.get(state, name) for state in (state.optimizer, moments))
+        assert relative_error(ours, theirs) <= 1e-6
     assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(mean)), rel=1e-5)
     assert float(metrics["loss"]) == pytest.approx(
         float(whole.sums.divergence) / int(whole.tokens), rel=1e-6
@@ -452,8 +461,11 @@ def trees_equal(left, right):
     return jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), left, right))
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing_but_its_number(jitted, student, whole, where):
+@pytest.mark.parametrize(
+    ("where", "offload"), [("loss", False), ("gradient", False), ("gradient", True)]
+)
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(student, whole, where, offload):
+    jitted = make_train_step(offload_optimizer=offload)
     state, metrics = jitted.apply(jitted.init(copy(student)), whole)
     assert not metrics["skipped"]
     if where == "loss":
@@ -466,7 +478,10 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(jitted, studen
     after, metrics = jitted.apply(state, bad)
     assert metrics["skipped"]
     for part in ("student", "teacher", "optimizer"):
-        assert trees_equal(getattr(after, part), getattr(before, part))
+        assert trees_equal(jax.device_get(getattr(after, part)), getattr(before, part))
+    assert [leaf.sharding for leaf in jax.tree.leaves(after)] == [
+        leaf.sharding for leaf in jax.tree.leaves(jitted.like)
+    ]
     assert int(after.step) == 2
     after, metrics = jitted.apply(after, whole)
     assert not metrics["skipped"]

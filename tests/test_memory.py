@@ -137,7 +137,10 @@ def test_a_chunks_logits_lie_in_memory_once_a_side(vocab_size):
 
 
 def test_no_second_array_of_the_embeddings_size_lies_beside_its_gradient():
-    """Neither a chunk's part of the head's gradient nor that of the look-up; clipping adds one."""
+    """Neither a chunk's part of the head's gradient nor that of the look-up; the update has none.
+
+    A scaled copy of the gradient, or of an old moment, would be one.
+    """
     model = dataclasses.replace(SMALL, vocab_size=2**15)
     embedding_bytes = model.vocab_size * model.hidden_size * 4
     jitted = train_step(model, chunk_tokens=2, teacher_dtype="float32")
@@ -148,7 +151,7 @@ def test_no_second_array_of_the_embeddings_size_lies_beside_its_gradient():
         program.compile().memory_analysis().temp_size_in_bytes for program in (single, apply)
     ]
     assert temporary[0] < embedding_bytes
-    assert temporary[1] < 1.5 * embedding_bytes
+    assert temporary[1] < 0.01 * embedding_bytes
 
 
 @pytest.mark.parametrize("layers", [1, 4])

@@ -189,6 +189,10 @@ def test_moments_are_split_as_the_parameters_are(programs):
     assert programs["train"]["parts"] == [8]
 
 
+def test_a_skipped_step_changes_nothing_on_any_device(programs):
+    assert programs["train"]["unchanged"]
+
+
 def test_a_refresh_writes_into_the_teachers_own_buffers(programs):
     train = programs["train"]
     assert train["output"] >= train["aliased"] >= train["teacher"], "bytes, some for alignment"
