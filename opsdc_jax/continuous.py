@@ -42,6 +42,11 @@ def one_program_widths(response_width: int) -> tuple[int, ...]:
     return *half, response_width
 
 
+def refilled(slots: int, responses: int) -> bool:
+    """Whether responses outnumber the slots; 0 slots are one for each response."""
+    return 0 < slots < responses
+
+
 def worthwhile(slots: int, responses: int, longest_prompt: int, response_width: int) -> bool:
     """Whether a batch is sampled in segments, where one program could do it at once.
 
@@ -54,7 +59,7 @@ def worthwhile(slots: int, responses: int, longest_prompt: int, response_width: 
     """
     first = ring_columns(longest_prompt, response_width, SEGMENT)[0]
     one_program = longest_prompt + one_program_widths(response_width)[0]
-    return 0 < slots < responses or 2 * first <= one_program
+    return refilled(slots, responses) or 2 * first <= one_program
 
 
 class Layout(NamedTuple):

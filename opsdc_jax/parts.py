@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from opsdc_jax import config, data, rollout, sharding
+from opsdc_jax import config, continuous, data, rollout, sharding
 from opsdc_jax.benchmarks import Benchmark, open_benchmarks
 from opsdc_jax.data import Example
 from opsdc_jax.files import fingerprint
@@ -93,7 +93,7 @@ def prepare(settings: ConfigDict) -> Parts:
     shardings = qwen3.shardings(model, mesh)
     decoding = decode_mesh(model, mesh, settings.mesh.decode_tensor)
     sharding.check_divides(mesh, "train.micro_batch_size", settings.train.micro_batch_size)
-    refilled = 0 < settings.sampler.slots < settings.train.batch_size
+    refilled = continuous.refilled(settings.sampler.slots, settings.train.batch_size)
     keys = ["sampler.slots" if refilled else "train.batch_size"]
     keys += ["eval.batch_size"] if settings.eval.source != "none" else []
     for key in keys:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from opsdc_jax import sampler, sharding, tiny
+from opsdc_jax import continuous, sampler, sharding, tiny
 from opsdc_jax.config import InputError
 from opsdc_jax.models import hf, qwen3
 from opsdc_jax.models.layers import Qwen3Config
@@ -146,7 +146,7 @@ def adapted(settings: ConfigDict, model: Qwen3Config, sizes: Mapping[str, int]) 
     decoding = sampler.decode_mesh(model, mesh, settings.mesh.decode_tensor)
     batch, slots = settings.train.batch_size, settings.sampler.slots
     sharding.check_divides(mesh, "train.batch_size", batch)
-    if 0 < slots < batch:
+    if continuous.refilled(slots, batch):
         sharding.check_divides(decoding, "sampler.slots", slots)
     else:
         sharding.check_divides(decoding, "train.batch_size", batch)

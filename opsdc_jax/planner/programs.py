@@ -132,7 +132,7 @@ def build(name: str, spec: Mapping[str, Any], mesh: Mesh) -> Program:
         widths = settings["sampler.max_prompt_tokens"], width
         if name == "rollout" and not continuous.worthwhile(B, batch, *widths):
             return _generate(spec, mesh, like, B, width)
-        refilled = name == "evaluate" or 0 < settings["sampler.slots"] < batch
+        refilled = name == "evaluate" or continuous.refilled(settings["sampler.slots"], batch)
         return _segment(spec, mesh, like, B, width, refilled)
     if name == "refresh":
         both = (like.student, like.teacher)
