@@ -123,7 +123,8 @@ def default_config() -> ConfigDict:
     config.eval.limit = 0  # problems of each benchmark, drawn at random; 0 = all
     config.eval.samples = 8  # responses to each problem; paper
     # Folder of another run, whose responses of the base model are taken over where they were
-    # sampled in the same way; empty: all are sampled
+    # sampled in the same way by the same code; empty: all are sampled, but for what train.py's
+    # --new_if_finished says
     config.eval.reuse = ""
     config.eval.every = 0  # steps between evaluations of the student; 0 = only before and after
     config.eval.samples_per_level = 512  # fresh problems of each difficulty level (tiny)

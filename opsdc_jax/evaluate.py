@@ -8,6 +8,7 @@ in docs/formats.md; opsdc_jax/summary.py makes statistics of them, without a mod
 
 import dataclasses
 import functools
+import importlib.metadata
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 from opsdc_jax import distributed, results, summary
 from opsdc_jax.benchmarks import Benchmark
 from opsdc_jax.data import Example
+from opsdc_jax.files import source_digest
 from opsdc_jax.measures import is_thought_open, mark_ids
 from opsdc_jax.models.qwen3 import Params
 from opsdc_jax.progress import seconds
@@ -84,7 +86,7 @@ class Evaluator:
             if self.settings.eval.reuse and results.student_step(system.name) is None:
                 folder = pathlib.Path(self.settings.eval.reuse) / "eval" / benchmark.name
                 other = SystemFiles(folder, system.name)
-                distributed.first_does(functools.partial(files.take_over, other))
+                distributed.first_does(functools.partial(_take_over, files, other))
             opened.append(self._sampled(files, benchmark))
         return opened
 
@@ -210,10 +212,23 @@ class Evaluator:
             "top_k": options.top_k,
             "seed": self.settings.seed,
             "dtype": self.settings.model.compute_dtype,
+            "code": _code(),
             "think_id": think_id,
             "end_think_id": end_think_id,
             "thought_open": is_thought_open(prompt, think_id, end_think_id),
         }
+
+
+@functools.cache
+def _code() -> str:
+    """What tells this code from other code: JAX's version, and a digest of our own."""
+    return f"jax {importlib.metadata.version('jax')}, {source_digest()[:12]}"
+
+
+def _take_over(files: SystemFiles, other: SystemFiles) -> None:
+    """Takes over what another run has sampled, and says so."""
+    if files.take_over(other):
+        print(f"{files.responses}: taken over from {other.folder}", flush=True)
 
 
 def responses(

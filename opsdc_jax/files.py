@@ -169,6 +169,21 @@ def copy_file(source: pathlib.Path, target: pathlib.Path) -> None:
         _replace(target, file)
 
 
+def source_digest(*sources: str) -> str:
+    """A digest of the package's Python files.
+
+    Args:
+      sources: files and folders of the package, relative to it; none: all of it.
+    """
+    package = pathlib.Path(__file__).parent
+    digest = hashlib.sha256()
+    for source in sources or (".",):
+        path = package / source
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def fingerprint(paths: Iterable[pathlib.Path]) -> str:
     """A digest of large files: of their sizes, and of parts spread evenly over each of them.
 

@@ -75,11 +75,17 @@ class SystemFiles(NamedTuple):
     def open(self, settings: Mapping[str, Any]) -> None:
         """Writes the settings, or checks that what is there was sampled with the same.
 
+        The `code` may be another: who goes on after an upgrade keeps what there is.
+
         Raises:
           InputError: it was not (the keys that differ are named), or nothing can be written.
         """
         if self.settings.exists():
-            changed = differing_keys(dict(settings), read_json(self.settings))
+            ours, theirs = (
+                {key: value for key, value in of.items() if key != "code"}
+                for of in (settings, read_json(self.settings))
+            )
+            changed = differing_keys(ours, theirs)
             if changed:
                 raise InputError(
                     f"{self.responses} holds responses sampled with other settings "
@@ -95,19 +101,26 @@ class SystemFiles(NamedTuple):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.settings, settings)
 
-    def take_over(self, other: "SystemFiles") -> None:
+    def take_over(self, other: "SystemFiles") -> bool:
         """Copies the responses of another folder, if they were sampled as these are to be.
+
+        By the same code, too: who changes the sampler wants to see what it does.
 
         Does nothing where responses are already, or where the other folder has none that fit. A
         file that another run still writes may end in a torn line, which `resume` drops.
+
+        Returns:
+          whether it copied them.
 
         Raises:
           InputError: the other folder's settings are damaged, or nothing can be written.
         """
         if self.responses.exists() or not (other.settings.exists() and other.responses.exists()):
-            return
-        if read_json(other.settings) == read_json(self.settings):
-            copy_file(other.responses, self.responses)
+            return False
+        if read_json(other.settings) != read_json(self.settings):
+            return False
+        copy_file(other.responses, self.responses)
+        return True
 
     def resume(self) -> dict[tuple[int, int], int]:
         """Drops a line that a crash left torn.

@@ -153,11 +153,15 @@ def is_finished(path: str | pathlib.Path) -> bool:
     return os.path.exists(pathlib.Path(path) / "eval" / SUMMARY)
 
 
-def beside_finished(path: str | pathlib.Path) -> pathlib.Path:
-    """`path`, or the first of path-2, path-3, ... that holds no finished run."""
+def beside_finished(path: str | pathlib.Path) -> tuple[pathlib.Path, pathlib.Path | None]:
+    """`path`, or the first of path-2, path-3, ... that holds no finished run, and the one before.
+
+    Returns:
+      that folder, and the last of the finished ones, None if there is none.
+    """
     path, number = pathlib.Path(path), 1
-    candidate = path
+    candidate, finished = path, None
     while is_finished(candidate):
         number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate
+        candidate, finished = path.with_name(f"{path.name}-{number}"), candidate
+    return candidate, finished

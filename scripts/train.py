@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_bool(
         "new_if_finished",
         False,
-        "take DIR-2, DIR-3, ... if the run is finished",
+        "take DIR-2, DIR-3, ... if the run is finished; what it sampled of the base is taken over",
         flag_values=values,
     )
     args = cli.parse(values, argv)
@@ -72,7 +72,10 @@ def main(argv: Sequence[str]) -> int:
     check_mirrors(args.config.log)
     distributed.initialize()
     path = args.workdir or f"runs/{cli.config_name(argv)}"
-    workdir = Workdir(beside_finished(path) if args.new_if_finished else path, args.config)
+    if args.new_if_finished:
+        path, finished = beside_finished(path)
+        args.config.eval.reuse = args.config.eval.reuse or str(finished or "")
+    workdir = Workdir(path, args.config)
     if not is_finished(workdir.path):
         with distributed.stop_requests() as stop_asked:
             parts = prepare(args.config)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -367,8 +368,17 @@ def test_a_killed_run_continues_as_if_it_had_never_stopped(finished, tmp_path, m
     assert summaries[0] == summaries[1]
 
 
-def test_a_new_run_goes_beside_a_finished_one(finished, described):
-    assert f"workdir  {finished}-2" in described(finished, "--new_if_finished")
+def test_a_new_run_goes_beside_a_finished_one_and_takes_over_its_base(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "tiny")
+    assert run(tmp_path / "tiny", "--new_if_finished") == cli.EXIT_DONE
+    printed = capsys.readouterr().out
+    assert f"workdir  {tmp_path / 'tiny-2'}" in printed
+    for system, taken_over in (("base", True), ("concise_prompt", True), ("student-000004", False)):
+        responses = tmp_path / "tiny-2" / "eval" / "tiny" / f"{system}.jsonl"
+        assert (f"{responses}: taken over from" in printed) == taken_over
+    summaries = [(path / "eval" / "summary.json").read_text() for path in tmp_path.iterdir()]
+    assert len(summaries) == 2
+    assert summaries[0] == summaries[1] == (finished / "eval" / "summary.json").read_text()
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,15 @@ def test_only_responses_sampled_in_the_same_way_are_taken_over(another):
     assert len(second.sampler.prompts) == 16
 
 
+def test_other_code_takes_nothing_over_but_goes_on_with_its_own(another, monkeypatch):
+    first, second = another
+    first.run(BASE, {})
+    monkeypatch.setattr(evaluate, "_code", lambda: "changed")
+    second.run(BASE, {})
+    assert len(second.sampler.prompts) == 8
+    assert first.open(BASE)
+
+
 def test_every_cut_of_the_file_ends_in_the_same_bytes(evaluator):
     evaluator.run(BASE, {})
     expected = contents(evaluator.folder)

@@ -89,14 +89,15 @@ def test_an_unwritable_workdir_is_refused(tmp_path):
 
 def test_a_new_run_goes_beside_finished_ones(tmp_path):
     path = tmp_path / "tiny"
-    assert beside_finished(path) == path
-    for expected in ("tiny-2", "tiny-3"):
-        taken = opened(beside_finished(path))
+    finished = None
+    for expected in ("tiny", "tiny-2", "tiny-3"):
+        assert beside_finished(path) == (tmp_path / expected, finished)
+        taken = opened(tmp_path / expected)
         taken.create()
-        assert beside_finished(path) == taken.path, "an unfinished run is continued"
+        assert beside_finished(path) == (taken.path, finished), "an unfinished run is continued"
         write_json(taken.summary, {})
         assert is_finished(taken.path)
-        assert beside_finished(path) == tmp_path / expected
+        finished = taken.path
 
 
 def test_write_json_replaces_in_one_go(tmp_path):

@@ -15,9 +15,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import opsdc_jax
 from opsdc_jax.config import InputError
-from opsdc_jax.files import read_json, user_cache, write_json
+from opsdc_jax.files import read_json, source_digest, user_cache, write_json
 from opsdc_jax.planner import hlo, programs
 from opsdc_jax.planner.topology import Topology
 
@@ -216,15 +215,10 @@ def libtpu_version() -> str | None:
 
 def _cache_file(name: str, spec: Mapping[str, Any], topology: Topology) -> pathlib.Path:
     """Where a verdict is kept: named by everything that decides it."""
-    package = pathlib.Path(opsdc_jax.__file__).parent
-    digest = hashlib.sha256()
-    for source in SOURCES:
-        path = package / source
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(file.read_bytes())
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
     versions["libtpu"] = libtpu_version() or "" if topology.platform == "tpu" else ""
     settings = {key: spec["settings"][key] for key in programs.KEYS[name]}
-    decides = [name, {**spec, "settings": settings}, topology.name, versions]
-    digest.update(json.dumps(decides, sort_keys=True).encode())
+    code = source_digest(*SOURCES)
+    decides = [code, name, {**spec, "settings": settings}, topology.name, versions]
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
     return user_cache() / "plans" / f"{digest.hexdigest()[:32]}.json"
