@@ -94,7 +94,7 @@ class TrainStep(NamedTuple):
 def make_optimizer(config: Any) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then AdamW with linear warm-up to a constant rate.
 
-    Its `update` takes `norm`, that of the gradients, where the caller has it.
+    Its `update` asks for `norm`, that of the gradients.
 
     Args:
       config: the `optim` section of the run's configuration.
@@ -111,7 +111,7 @@ def make_optimizer(config: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
-    """As optax's, but a product with one scalar where that one divides; `update` takes `norm`.
+    """As optax's, but it is given the norm, and multiplies by one scalar where that one divides.
 
     A program computes a quotient once for all that read it, so that a scaled copy of every gradient
     would lie in memory. A product goes into each of them.
@@ -122,11 +122,9 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
         state: optax.EmptyState,
         params: Params | None = None,
         *,
-        norm: jax.Array | None = None,
+        norm: jax.Array,
         **_: Any,
     ) -> tuple[Params, optax.EmptyState]:
-        if norm is None:
-            norm = optax.tree.norm(gradients)
         factor = jnp.where(norm < limit, 1.0, limit / norm)
         return jax.tree.map(lambda leaf: leaf * factor, gradients), state
 

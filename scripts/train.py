@@ -74,7 +74,8 @@ def main(argv: Sequence[str]) -> int:
     path = args.workdir or f"runs/{cli.config_name(argv)}"
     if args.new_if_finished:
         path, finished = beside_finished(path)
-        args.config.eval.reuse = args.config.eval.reuse or str(finished or "")
+        if finished and not args.config.eval.reuse:
+            args.config.eval.reuse = str(finished)
     workdir = Workdir(path, args.config)
     if not is_finished(workdir.path):
         with distributed.stop_requests() as stop_asked:

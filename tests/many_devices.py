@@ -202,11 +202,10 @@ def train_programs(fsdp: int, tensor: int) -> dict[str, object]:
     state = jitted.init(jax.device_put(random_params(EIGHT, 0), shardings))
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim > 2]
     parts = sorted({leaf.size // leaf.addressable_shards[0].data.size for leaf in moments})
-    broken = jax.tree.map(lambda leaf: leaf + np.nan, jitted.zeros(state.student).gradients)
+    zeros = jitted.zeros(state.student)
+    broken = jax.tree.map(lambda leaf: leaf + np.nan, zeros.gradients)
     before = jax.device_get((state.student, state.optimizer))
-    after, _ = jitted.apply(
-        state, dataclasses.replace(jitted.zeros(state.student), gradients=broken)
-    )
+    after, _ = jitted.apply(state, dataclasses.replace(zeros, gradients=broken))
     unchanged = jax.tree.map(np.array_equal, (after.student, after.optimizer), before)
     compiled = jitted.refresh.lower(after.student, after.teacher).compile()
     used = compiled.memory_analysis()
